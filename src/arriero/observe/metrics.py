@@ -1,0 +1,45 @@
+"""Prometheus metrics, `arriero_*`, beside vLLM's own `vllm:*` on the same page."""
+
+from __future__ import annotations
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+
+_PAUSE_BUCKETS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+
+
+class Metrics:
+    """What a front end counts. ``registry`` None: a private one (tests, several in a process)."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        registry = registry if registry is not None else CollectorRegistry()
+        self.migrations = Counter(
+            "arriero_migrations", "Migrations by outcome", ["outcome", "reason"], registry=registry
+        )
+        self.replays = Counter("arriero_replays", "Replays from the token log", ["outcome"], registry=registry)
+        self.migration_bytes = Counter("arriero_migration_bytes", "KV bytes moved", registry=registry)
+        self.migration_pause_seconds = Histogram(
+            "arriero_migration_downtime_seconds",
+            "Last token from the source to first token from the destination",
+            buckets=_PAUSE_BUCKETS,
+            registry=registry,
+        )
+        self.dispatch_seconds = Histogram(
+            "arriero_dispatch_seconds",
+            "Time to choose an instance and send the request",
+            buckets=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 1e-2, 0.1),
+            registry=registry,
+        )
+
+    def migration_ended(self, ok: bool, reason: str, num_bytes: int, *, replay: bool) -> None:
+        """Count one migration or replay. ``reason`` is cut to its kind, so that labels stay few."""
+        outcome = "ok" if ok else "aborted"
+        if replay:
+            self.replays.labels(outcome).inc()
+        else:
+            self.migrations.labels(outcome, reason.partition(":")[0]).inc()
+        self.migration_bytes.inc(num_bytes)
+
+
+def default_metrics() -> Metrics:
+    """Metrics in the process's default registry, which `/metrics` shows."""
+    return Metrics(REGISTRY)

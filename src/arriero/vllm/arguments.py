@@ -1,0 +1,151 @@
+"""Arguments of `arriero serve`: all of `vllm serve`, and a few of our own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from arriero.core.config import CopyConfig, MigrationConfig, RebalancingConfig, SchedulerConfig
+from arriero.core.errors import ConfigError
+
+WORKER_EXTENSION = "arriero.vllm.worker.ArrieroWorkerExtension"
+
+
+class OneLineParser(FlexibleArgumentParser):  # type: ignore[misc]
+    """Says what is wrong in one line and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """See the class."""
+        sys.stderr.write(f"arriero serve: {message} (see 'arriero serve --help')\n")
+        sys.exit(2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """Our own options, checked."""
+
+    num_instances: int
+    engine: str
+    scheduler: SchedulerConfig
+    migration: MigrationConfig
+    copy: CopyConfig
+    event_log: Path | None
+    pin_cores: bool
+
+
+def make_parser() -> OneLineParser:
+    """The parser of `arriero serve`."""
+    parser = OneLineParser(
+        prog="arriero serve",
+        description="OpenAI-compatible server over several vLLM instances that moves requests while they run. "
+        "Takes every option of `vllm serve`, and these of its own:",
+    )
+    defaults, migration, copy = RebalancingConfig(), MigrationConfig(), CopyConfig()
+    group = parser.add_argument_group("arriero")
+    group.add_argument("--instances", type=int, default=2, help="vLLM instances to start (default: 2)")
+    group.add_argument(
+        "--dispatch-policy",
+        default="freeness",
+        help="freeness, least_outstanding, round_robin, or the dotted path of a class (default: freeness)",
+    )
+    group.add_argument(
+        "--rebalance",
+        action="store_true",
+        help="migrate running requests from fuller to emptier instances in the background",
+    )
+    group.add_argument("--rebalance-interval", type=float, default=defaults.interval_s, help="seconds")
+    group.add_argument(
+        "--rebalance-low", type=float, default=defaults.low_freeness, help="freeness below which requests leave"
+    )
+    group.add_argument(
+        "--rebalance-high", type=float, default=defaults.high_freeness, help="freeness above which requests may come"
+    )
+    group.add_argument(
+        "--max-migrations-per-instance", type=int, default=defaults.max_migrations_per_instance, help="at a time"
+    )
+    group.add_argument(
+        "--migration-share",
+        type=float,
+        default=copy.copy_share,
+        help="share of an instance's time that copying may take while others decode (default: %(default)s)",
+    )
+    group.add_argument(
+        "--migration-timeout", type=float, default=migration.timeout_s, help="seconds until a migration gives up"
+    )
+    group.add_argument(
+        "--engine",
+        choices=("vllm", "sim"),
+        default="vllm",
+        help="sim: simulated engines (same protocol, made-up tokens), to try out the control plane",
+    )
+    group.add_argument("--event-log", type=Path, default=None, help="append every event as a JSON line to this file")
+    group.add_argument(
+        "--no-pin", dest="pin_cores", action="store_false", help="do not pin CPU instances to cores of their own"
+    )
+    return make_arg_parser(parser)  # type: ignore[no-any-return]
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, ServeOptions]:
+    """vLLM's arguments and ours. Raises ConfigError; unknown flags exit with 2."""
+    args = make_parser().parse_args(argv)
+    if args.model_tag is not None:
+        args.model = args.model_tag
+    args.api_server_count = 1 if args.api_server_count is None else args.api_server_count
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    _refuse_conflicts(args)
+    args.worker_extension_cls = WORKER_EXTENSION
+    return args, _options(args)
+
+
+def _options(args: argparse.Namespace) -> ServeOptions:
+    if args.instances < 1:
+        raise ConfigError(f"--instances {args.instances} is invalid: it must be 1 or more")
+    rebalancing = RebalancingConfig(
+        interval_s=args.rebalance_interval,
+        low_freeness=args.rebalance_low,
+        high_freeness=args.rebalance_high,
+        max_migrations_per_instance=args.max_migrations_per_instance,
+    )
+    if args.event_log is not None and not args.event_log.absolute().parent.is_dir():
+        raise ConfigError(f"--event-log {args.event_log}: there is no folder {args.event_log.absolute().parent}")
+    return ServeOptions(
+        num_instances=args.instances,
+        engine=args.engine,
+        scheduler=SchedulerConfig(
+            dispatch_policy=args.dispatch_policy, rebalancing=rebalancing if args.rebalance else None
+        ),
+        migration=MigrationConfig(timeout_s=args.migration_timeout),
+        copy=CopyConfig(copy_share=args.migration_share),
+        event_log=args.event_log,
+        pin_cores=args.pin_cores,
+    )
+
+
+def _refuse_conflicts(args: argparse.Namespace) -> None:
+    """Options of `vllm serve` that arriero takes the place of."""
+    if args.worker_extension_cls:
+        raise ConfigError(f"--worker-extension-cls {args.worker_extension_cls}: arriero needs that place itself")
+    if args.data_parallel_size > 1:
+        raise ConfigError(
+            f"--data-parallel-size {args.data_parallel_size}: arriero balances instances itself; "
+            f"use --instances {args.data_parallel_size}"
+        )
+    if args.api_server_count != 1:
+        raise ConfigError(f"--api-server-count {args.api_server_count}: one front end process serves all instances")
+    for flag in ("headless", "grpc"):
+        if getattr(args, flag, False):
+            raise ConfigError(f"--{flag} is not supported by arriero serve: it serves HTTP in front of its instances")
+    model = Path(args.model).expanduser()
+    if args.model.startswith((".", "/", "~")) and not model.exists():
+        raise ConfigError(f"model {args.model!r}: there is no such file or folder")
+    if args.model.startswith("~"):
+        args.model = str(model)

@@ -1,0 +1,124 @@
+"""vLLM's engine client over a cluster: the one patch of the front end plugs this in."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources
+
+from arriero.core.types import Dispatchable
+from arriero.frontend.cluster import Cluster
+
+
+class ClusterClient(AsyncMPClient):
+    """An ``EngineCoreClient`` that routes to several engines which come and go.
+
+    Only the surface of ``AsyncMPClient`` is inherited (its utility methods); sockets, routing and the token
+    log are the cluster's.
+    """
+
+    def __init__(self, vllm_config: Any, cluster: Cluster) -> None:
+        self.vllm_config = vllm_config
+        self.cluster = cluster
+        self.client_count, self.client_index = 1, cluster.links.client_index
+        self.engines_running = False
+        self.outputs_queue: asyncio.Queue[Any] = asyncio.Queue()
+        self.engine_ranks_managed = cluster.instances.ready_ids()
+        self.stats_update_address = None
+        self._effective_attention_block_sizes: set[int | None] = set()
+        self._kv_event_sources: dict[int, Any] = {}
+        self._engine_status: dict[int, Any] = {}
+        self.resources = BackgroundResources(ctx=None)  # holds no sockets: only the engine_dead flag is used
+        self.utility_results: dict[int, Any] = {}
+        for instance in cluster.instances:
+            self._apply_ready_response(instance.ready_payload)
+        cluster.deliver = self._deliver
+
+    # ------------------------------------------------------------------ requests
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        """Dispatch a request to an instance."""
+        self.cluster.submit(request, facts_of(request), request.external_req_id or request.request_id)
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        """The client has gone, or a stop string was found."""
+        if request_ids and not self.resources.engine_dead:
+            self.cluster.abort(request_ids)
+
+    def _deliver(self, outputs: Any) -> None:
+        if outputs.outputs or outputs.scheduler_stats:
+            self.outputs_queue.put_nowait(outputs)
+
+    def _ensure_output_queue_task(self) -> None:
+        """The cluster's links listen already."""
+
+    # ------------------------------------------------------------------ utilities
+
+    async def call_utility_all_async(self, method: str, *args: Any) -> list[Any]:
+        """Call a utility method of every ready instance."""
+        ids = self.cluster.instances.ready_ids()
+        return list(await asyncio.gather(*[self.cluster.links.utility(i, method, *args) for i in ids]))
+
+    async def call_utility_async(self, method: str, *args: Any) -> Any:
+        """Call a utility method everywhere; the first instance's result stands for all.
+
+        Booleans are joined: true only if it holds on every instance.
+        """
+        results = await self.call_utility_all_async(method, *args)
+        if results and all(isinstance(r, bool) for r in results):
+            return all(results)
+        return results[0] if results else None
+
+    async def collective_rpc_async(
+        self, method: Any, timeout: float | None = None, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> list[Any]:
+        """Results of all workers of all instances."""
+        per_instance = await self.call_utility_all_async("collective_rpc", method, timeout, args, kwargs)
+        return [worker for workers in per_instance for worker in workers]
+
+    # ------------------------------------------------------------------ end
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """End all instances; called from any thread, more than once."""
+        if not self.resources.engine_dead:
+            self.resources.engine_dead = True
+            self.cluster.close(timeout if timeout else SHUTDOWN_GRACE_S)
+
+
+SHUTDOWN_GRACE_S = 5.0
+
+
+def facts_of(request: EngineCoreRequest) -> Dispatchable:
+    """What the scheduler needs to know of a request."""
+    params = request.sampling_params
+    return Dispatchable(
+        request_id=request.request_id,
+        num_prompt_tokens=_num_prompt_tokens(request),
+        max_tokens=params.max_tokens if params is not None and params.max_tokens is not None else 1,
+        priority=request.priority,
+        unmovable=unmovable_reason(request),
+    )
+
+
+def _num_prompt_tokens(request: EngineCoreRequest) -> int:
+    if request.prompt_token_ids is not None:
+        return len(request.prompt_token_ids)
+    return len(request.prompt_embeds) if request.prompt_embeds is not None else 0
+
+
+def unmovable_reason(request: EngineCoreRequest) -> str | None:
+    """Why this kind of request can't be migrated; None if it can."""
+    if request.pooling_params is not None:
+        return "pooling requests end after one step"
+    if request.resumable:
+        return "a session with streaming input has state that a migration does not carry"
+    if request.mm_features:
+        return "multimodal inputs live in the instance's encoder cache"
+    if request.prompt_embeds is not None:
+        return "prompt embeddings are not carried"
+    params = request.sampling_params
+    if params is not None and (params.extra_args or {}).get("kv_transfer_params"):
+        return "its KV cache is managed by a KV connector"
+    return None

@@ -1,0 +1,329 @@
+"""`arriero serve`: vLLM's OpenAI app over a cluster of instances."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import msgspec
+import psutil
+import uvloop
+from vllm import envs
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.logger import configure_logging_from_args
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.executor import Executor
+
+from arriero.core.errors import ConfigError, LaunchError
+from arriero.core.types import InstanceId
+from arriero.frontend.admin import attach_admin
+from arriero.frontend.cluster import Cluster
+from arriero.frontend.links import InstanceLinks
+from arriero.launch.local import LocalLauncher
+from arriero.launch.placement import split_cores, split_devices
+from arriero.launch.port import LaunchSpec
+from arriero.observe.events import EventLog
+from arriero.observe.metrics import default_metrics
+from arriero.transport.shm import sweep
+from arriero.vllm import compat
+from arriero.vllm.arguments import ServeOptions, parse
+from arriero.vllm.client import ClusterClient
+from arriero.vllm.codec import VllmCodec
+from arriero.vllm.engine import EngineSpec
+
+SHM_PREFIX = "arriero"
+CPU_MEMORY_SHARE = 0.8
+
+
+def main(argv: list[str]) -> int:
+    """Run the server; the exit code: 0 stopped by the user, 2 bad arguments or surroundings."""
+    try:
+        compat.self_check()
+        cli_env_setup()
+        args, options = parse(argv)
+        configure_logging_from_args(args)
+        return uvloop.run(_serve(args, options))
+    except (ConfigError, LaunchError) as error:
+        sys.stderr.write(f"arriero serve: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+# ---------------------------------------------------------------------- set-up
+
+
+def _engine_config(args: argparse.Namespace, options: ServeOptions) -> Any:
+    """vLLM's configuration of one instance. Raises ConfigError with vLLM's reason in one line."""
+    if current_platform.is_cpu() and options.engine == "vllm":
+        _share_memory(args, options.num_instances)
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    try:
+        return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    except (ValueError, OSError, KeyError, TypeError, NotImplementedError) as error:
+        raise ConfigError(f"model {args.model!r} with these options: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if len(lines) < 3 or len(lines[0]) > 60 else " ".join(lines[:3])) if lines else repr(error)
+
+
+def _share_memory(args: argparse.Namespace, num_instances: int) -> None:
+    """On CPU all instances share the machine's memory: give each its part unless the user chose."""
+    memory = psutil.virtual_memory()
+    wanted = args.kv_cache_memory_bytes
+    if wanted is None:
+        parser_default = AsyncEngineArgs.gpu_memory_utilization
+        if args.gpu_memory_utilization == parser_default:
+            args.gpu_memory_utilization = round(CPU_MEMORY_SHARE * memory.available / memory.total / num_instances, 3)
+        wanted = int(args.gpu_memory_utilization * memory.total)
+    if wanted * num_instances > memory.available:
+        raise ConfigError(
+            f"{num_instances} instances want {wanted / 2**30:.1f} GiB each, {memory.available / 2**30:.1f} GiB are "
+            "available: use fewer --instances or a smaller --kv-cache-memory-bytes"
+        )
+
+
+class InstanceSpecs:
+    """Makes the launch specification of each instance."""
+
+    def __init__(
+        self, vllm_config: Any, args: argparse.Namespace, options: ServeOptions, addresses: tuple[str, str]
+    ) -> None:
+        self._config = cloudpickle.dumps(vllm_config)
+        self._args = args
+        self._options = options
+        self._addresses = addresses
+        self._world_size = vllm_config.parallel_config.world_size
+        self._executor_class = Executor.get_class(vllm_config)
+        self._max_model_len = vllm_config.model_config.max_model_len
+        self._vocab_size = vllm_config.model_config.get_vocab_size()
+        self._shm_prefix = f"{SHM_PREFIX}-{os.getpid()}"
+        self._cores = self._devices = None
+        if options.engine == "vllm" and current_platform.is_cpu():
+            if options.pin_cores:
+                self._cores = split_cores(sorted(os.sched_getaffinity(0)), options.num_instances)
+        elif options.engine == "vllm" and current_platform.is_cuda_alike():
+            self._devices = split_devices(_visible_devices(), options.num_instances, self._world_size)
+
+    def __call__(self, instance: InstanceId) -> LaunchSpec:
+        """The specification of ``instance``."""
+        if self._options.engine == "sim":
+            return LaunchSpec(module="arriero.sim.process", payload=self._sim_payload(instance))
+        place = instance % self._options.num_instances
+        env = {}
+        if self._devices is not None:
+            env[current_platform.device_control_env_var] = ",".join(self._devices[place])
+        return LaunchSpec(
+            module="arriero.vllm.engine",
+            payload=self._vllm_payload(instance),
+            env=env,
+            cores=self._cores[place] if self._cores is not None else None,
+        )
+
+    def _vllm_payload(self, instance: InstanceId) -> bytes:
+        options = self._options
+        spec = EngineSpec(
+            instance=instance,
+            vllm_config=cloudpickle.loads(self._config),
+            executor_class=self._executor_class,
+            log_stats=not self._args.disable_log_stats,
+            input_address=self._addresses[0],
+            output_address=self._addresses[1],
+            migration=options.migration,
+            copy=options.copy,
+            snapshot_interval_s=options.scheduler.snapshot_interval_s,
+            shm_prefix=f"{self._shm_prefix}-i{instance}",
+        )
+        return bytes(cloudpickle.dumps(spec))
+
+    def _sim_payload(self, instance: InstanceId) -> bytes:
+        options = self._options
+        payload = {
+            "instance": instance,
+            "input_address": self._addresses[0],
+            "output_address": self._addresses[1],
+            "engine": {"max_model_len": self._max_model_len, "vocab_size": self._vocab_size},
+            "migration": options.migration,
+            "copy": options.copy,
+            "snapshot_interval_s": options.scheduler.snapshot_interval_s,
+            "transport": {"kind": "shm", "prefix": f"{self._shm_prefix}-i{instance}"},
+        }
+        return msgspec.json.encode(payload)
+
+
+def _visible_devices() -> list[str]:
+    visible = os.environ.get(current_platform.device_control_env_var)
+    if visible:
+        return [d for d in visible.split(",") if d]
+    return [str(i) for i in range(current_platform.device_count())]
+
+
+@contextlib.contextmanager
+def _socket_folder() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="arriero-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.asynccontextmanager
+async def running_cluster(args: argparse.Namespace, options: ServeOptions, vllm_config: Any) -> AsyncIterator[Cluster]:
+    """Instances started and ready; all ended at exit, whatever happens. Raises LaunchError."""
+    for name in sweep(SHM_PREFIX):
+        _say(f"reclaimed shared memory {name} of an earlier run")
+    with _socket_folder() as folder:
+        addresses = (f"ipc://{folder / 'in'}", f"ipc://{folder / 'out'}")
+        links = InstanceLinks(input_address=addresses[0], output_address=addresses[1], codec=VllmCodec())
+        cluster = Cluster(
+            links=links,
+            launcher=LocalLauncher(),
+            make_spec=InstanceSpecs(vllm_config, args, options, addresses),
+            scheduler=options.scheduler,
+            migration=options.migration,
+            progress=_say,
+            events=EventLog(asyncio.get_running_loop().time, options.event_log),
+            metrics=default_metrics(),
+            clock=asyncio.get_running_loop().time,
+        )
+        try:
+            await cluster.start(options.num_instances)
+            yield cluster
+        finally:
+            # In a thread: instances need up to seconds to end, and they say goodbye over the links.
+            await asyncio.shield(asyncio.to_thread(cluster.close, 5.0))
+            cluster.close_sockets()
+            sweep(SHM_PREFIX)
+
+
+def make_async_llm(vllm_config: Any, cluster: Cluster, args: argparse.Namespace) -> AsyncLLM:
+    """vLLM's front end engine over the cluster. Replacing one static method is the only patch."""
+    original = EngineCoreClient.make_async_mp_client
+    EngineCoreClient.make_async_mp_client = staticmethod(
+        lambda *, vllm_config, **_: ClusterClient(vllm_config, cluster)
+    )
+    try:
+        return AsyncLLM.from_vllm_config(
+            vllm_config=vllm_config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            enable_log_requests=args.enable_log_requests,
+            aggregate_engine_logging=args.aggregate_engine_logging,
+            disable_log_stats=args.disable_log_stats,
+        )
+    finally:
+        EngineCoreClient.make_async_mp_client = original
+
+
+# ---------------------------------------------------------------------- serving
+
+
+async def _serve(args: argparse.Namespace, options: ServeOptions) -> int:
+    task = asyncio.current_task()
+    assert task is not None
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, task.cancel)  # until vLLM's server puts its own in place
+    try:
+        await _serve_until_stopped(args, options)
+    except asyncio.CancelledError:
+        _say("stopped during start-up")
+        return 130
+    return 0
+
+
+async def _serve_until_stopped(args: argparse.Namespace, options: ServeOptions) -> None:
+    address, sock = _bind(args)
+    with contextlib.closing(sock):
+        vllm_config = _engine_config(args, options)
+        async with running_cluster(args, options, vllm_config) as cluster:
+            llm = make_async_llm(vllm_config, cluster, args)
+            try:
+                await llm.reset_mm_cache()
+                stopped = await _serve_app(llm, cluster, address, sock, args)
+            finally:
+                await asyncio.to_thread(partial(llm.shutdown, timeout=vllm_config.shutdown_timeout))
+        await stopped
+
+
+def _bind(args: argparse.Namespace) -> tuple[str, Any]:
+    """The server's socket, before anything heavy starts. Raises ConfigError if it can't be had."""
+    where = args.uds or f"{args.host or '0.0.0.0'}:{args.port}"
+    try:
+        address, sock = setup_server(args, reuse_port=False)
+        if not args.uds:
+            sock.listen(128)
+        return address, sock
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {where}: {error}; choose another --port or stop what uses it") from error
+    except KeyError as error:
+        raise ConfigError(str(error.args[0])) from error
+
+
+async def _serve_app(llm: AsyncLLM, cluster: Cluster, address: str, sock: Any, args: argparse.Namespace) -> Any:
+    """As vLLM's own build_and_serve, with the admin endpoints added."""
+    tasks = await llm.get_supported_tasks()
+    app = build_app(args, tasks, llm.model_config)
+    attach_admin(app, cluster, [k for k in (args.api_key or [envs.VLLM_API_KEY]) if k])
+    await init_app_state(llm, app.state, args, tasks)
+    log_config = get_uvicorn_log_config(args)
+    _say(_what_to_try(address, args))
+    return await serve_http(
+        app,
+        sock=sock,
+        enable_ssl_refresh=args.enable_ssl_refresh,
+        host=args.host,
+        port=args.port,
+        log_level=args.uvicorn_log_level,
+        access_log=not args.disable_uvicorn_access_log,
+        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+        ssl_cert_reqs=args.ssl_cert_reqs,
+        ssl_ciphers=args.ssl_ciphers,
+        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+        h11_max_header_count=args.h11_max_header_count,
+        **({"log_config": log_config} if log_config is not None else {}),
+    )
+
+
+def _what_to_try(address: str, args: argparse.Namespace) -> str:
+    name = (args.served_model_name or [args.model])[0]
+    url = address.replace("0.0.0.0", "127.0.0.1")
+    return f"""ready on {url}. Try:
+
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "Tell me about llamas."}}], "stream": true}}'
+
+  python -c "from openai import OpenAI; c = OpenAI(base_url='{url}/v1', api_key='-'); \\
+    print(c.completions.create(model='{name}', prompt='Once upon a time', max_tokens=50).choices[0].text)"
+
+  arriero status --url {url}                 # instances and running requests
+  arriero migrate REQUEST --to 1 --url {url} # move one while it runs
+"""
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"arriero: {line}\n")
+    sys.stderr.flush()

@@ -1,0 +1,69 @@
+"""Use every costly feature once before traffic comes: the first JSON grammar, logprobs or seeded sample
+of an engine takes a second or two, and a request that moves in would pay for it in its pause.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.v1.engine import EngineCoreRequest
+
+logger = logging.getLogger(__name__)
+
+_MAX_STEPS = 400
+
+
+def warm_up(engine: Any) -> None:
+    """Run short requests through the engine's own scheduler; outputs go nowhere.
+
+    A feature that fails here (no tokenizer, no grammar backend) is left for its first user.
+    """
+    if engine.vllm_config.model_config.runner_type != "generate":
+        return
+    for number, params in enumerate(_features()):
+        try:
+            _run(engine, f"arriero-warm-up-{number}", params)
+        except Exception:
+            logger.warning("warm-up with %s failed; the first such request will be slow", params, exc_info=True)
+    engine.reset_prefix_cache()
+
+
+def _features() -> list[SamplingParams]:
+    return [
+        SamplingParams(max_tokens=4, temperature=0.0),
+        SamplingParams(max_tokens=4, temperature=1.0, seed=1, top_k=10, top_p=0.9, logprobs=1),
+        SamplingParams(max_tokens=4, temperature=0.0, frequency_penalty=0.1, repetition_penalty=1.1),
+        SamplingParams(
+            max_tokens=4, temperature=0.0, structured_outputs=StructuredOutputsParams(json={"type": "object"})
+        ),
+    ]
+
+
+def _run(engine: Any, request_id: str, params: SamplingParams) -> None:
+    params.update_from_generation_config({}, eos_token_id=None)
+    if params.structured_outputs is not None:
+        params.structured_outputs._backend = "xgrammar"
+    message = EngineCoreRequest(
+        request_id=request_id,
+        prompt_token_ids=list(range(1, 9)),
+        mm_features=None,
+        sampling_params=params,
+        pooling_params=None,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    request, _ = engine.preprocess_add_request(message)
+    request.prefill_stats = None
+    engine.scheduler.add_request(request)
+    for _ in range(_MAX_STEPS):
+        if not engine.scheduler.has_requests():
+            return
+        engine.step_fn()
+        if request.use_structured_output and not request.num_computed_tokens:
+            time.sleep(0.02)  # the grammar compiles on another thread
+    engine.abort_requests([request_id])

@@ -1,0 +1,202 @@
+"""The migration protocol under chaos: a Hypothesis state machine, and a long seeded walk over the same rules.
+
+After every rule the laws of :class:`cluster_model.Cluster` hold: streams are prefixes of their
+reference, at most one instance schedules a request, blocks are conserved, nobody produces after
+handing over. Each run ends in natural progress: every stream is whole and nothing is left anywhere.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+
+from cluster_model import FRONT_END, Cluster, Stream
+from fake_engine import Spec
+from hypothesis import event
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from arriero.core.config import MigrationConfig
+from arriero.core.types import MigrationMode
+
+CONFIG = MigrationConfig(max_incoming=3, tombstone_s=1000.0, max_stages=3)
+"""Chaos makes the clock jump by less than ``tombstone_s`` in all: no packet is older than a tombstone."""
+
+JUMPS = (2.1, 21.0, 61.0, 121.0)  # past retry_s, stage_timeout_s, lease_s, timeout_s
+FAILURES = (
+    "reserve", "start_export", "export_copy", "export_rest",
+    "start_import", "import_copy", "grow", "import_rest", "admit",
+)  # fmt: skip
+MODES = (MigrationMode.LIVE, MigrationMode.LIVE, MigrationMode.STOP_AND_COPY, MigrationMode.RECOMPUTE)
+NUM_CHAOS = 5
+
+TOTALS: Counter[str] = Counter()  # over all examples of the state machine
+
+
+class Chaos:
+    """The rules. Each takes numbers that choose among what there is to choose from."""
+
+    def __init__(self, shape: int) -> None:
+        blocks, seats = ((16, 4), (10, 3), (24, 6))[shape % 3]
+        self.cluster = Cluster(3, config=CONFIG, num_blocks=[blocks, blocks, 10], max_num_seqs=seats, depth=shape // 3 % 3)
+        self.budget = NUM_CHAOS
+        self._specs = 0
+
+    def submit(self, n: int) -> None:
+        self._specs += 1
+        prompt = tuple(range(n % 7, n % 7 + 1 + n % 17))
+        spec = Spec(f"r{self._specs}", prompt, 1 + n % 19, grammar_polls=2 * (n % 5 == 0), unmovable="pooling" if n % 23 == 22 else None)
+        self.cluster.submit(spec, self._alive(n // 7))
+
+    def progress(self, n: int) -> None:
+        for _ in range(1 + n % 3):
+            self.cluster.progress()
+
+    def deliver(self, n: int) -> None:
+        wires = self.cluster.wires()
+        if wires:
+            self.cluster.deliver(wires[n % len(wires)])
+
+    def step(self, n: int) -> None:
+        self.cluster.step(n % 3)
+
+    def finish_copy(self, n: int) -> None:
+        self.cluster.finish_copy(n % 3)
+
+    def migrate(self, n: int) -> None:
+        movable = [s for s in self._open() if self.cluster.can_migrate(s)]
+        if movable:
+            stream = movable[n % len(movable)]
+            others = [i for i in range(3) if i != stream.route and i not in self.cluster.lost]
+            if others:
+                self.cluster.migrate(stream, others[n // 5 % len(others)], MODES[n // 11 % 4])
+
+    def client_gone(self, n: int) -> None:
+        streams = self._open()
+        if streams:
+            self.cluster.client_gone(streams[n % len(streams)])
+
+    def preempt(self, n: int) -> None:
+        running = [(i, r) for i in self.cluster.alive for r in self.cluster.engines[i].running]
+        if running:
+            instance, request = running[n % len(running)]
+            self.cluster.engines[instance].preempt(request.spec.request_id)
+
+    # ------------------------------------------------------------------ what costs budget
+
+    def crash(self, n: int) -> None:
+        if len(self.cluster.alive) > 1:
+            self.budget -= 1
+            self.cluster.crash(self._alive(n), heard=n // 3 % 4)
+
+    def lose_answer(self, n: int) -> None:
+        wires = [w for w in self.cluster.wires() if w[1] == FRONT_END]
+        if wires and self.cluster.lose_answer(wires[n % len(wires)], n // 3):
+            self.budget -= 1
+
+    def repeat(self, n: int) -> None:
+        wires = [w for w in self.cluster.wires() if w[0] == FRONT_END]
+        if wires and self.cluster.repeat(wires[n % len(wires)], n // 3):
+            self.budget -= 1
+
+    def jump(self, n: int) -> None:
+        self.budget -= 1
+        self.cluster.advance(JUMPS[n % len(JUMPS)])
+
+    def fail(self, n: int) -> None:
+        self.budget -= 1
+        self.cluster.engines[n % 3].fail_next.add(FAILURES[n // 3 % len(FAILURES)])
+
+    def _alive(self, n: int) -> int:
+        return self.cluster.alive[n % len(self.cluster.alive)]
+
+    def _open(self) -> list[Stream]:
+        return [s for s in self.cluster.streams.values() if s.is_open]
+
+
+NUMBERS = st.integers(0, 1000)
+
+
+class MigrationMachine(RuleBasedStateMachine):
+    @initialize(shape=st.integers(0, 8), numbers=st.lists(NUMBERS, min_size=1, max_size=4))
+    def begin(self, shape: int, numbers: list[int]) -> None:
+        self.chaos = Chaos(shape)
+        for n in numbers:
+            self.chaos.submit(n)
+
+    @precondition(lambda self: len(self.chaos.cluster.streams) < 8)
+    @rule(n=NUMBERS)
+    def submit(self, n: int) -> None:
+        self.chaos.submit(n)
+
+    @rule(n=NUMBERS)
+    def progress(self, n: int) -> None:
+        self.chaos.progress(n)
+
+    @rule(n=NUMBERS)
+    def deliver(self, n: int) -> None:
+        self.chaos.deliver(n)
+
+    @rule(n=NUMBERS)
+    def step(self, n: int) -> None:
+        self.chaos.step(n)
+
+    @rule(n=NUMBERS)
+    def finish_copy(self, n: int) -> None:
+        self.chaos.finish_copy(n)
+
+    @rule(n=NUMBERS)
+    def migrate(self, n: int) -> None:
+        self.chaos.migrate(n)
+
+    @rule(n=NUMBERS)
+    def client_gone(self, n: int) -> None:
+        self.chaos.client_gone(n)
+
+    @rule(n=NUMBERS)
+    def preempt(self, n: int) -> None:
+        self.chaos.preempt(n)
+
+    @precondition(lambda self: self.chaos.budget > 0)
+    @rule(what=st.sampled_from(("crash", "lose_answer", "repeat", "jump", "fail")), n=NUMBERS)
+    def disturb(self, what: str, n: int) -> None:
+        getattr(self.chaos, what)(n)
+
+    @invariant()
+    def laws(self) -> None:
+        if hasattr(self, "chaos"):
+            self.chaos.cluster.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "chaos"):
+            self.chaos.cluster.quiesce()
+            counts = self.chaos.cluster.counts
+            event(f"commits: {min(3, sum(v for k, v in counts.items() if k.endswith(' committed')))}")
+            TOTALS.update(counts)
+
+
+TestMigrationMachine = MigrationMachine.TestCase
+
+WEIGHTS: dict[str, int] = {
+    "submit": 3, "progress": 18, "deliver": 30, "step": 12, "finish_copy": 8, "migrate": 14, "client_gone": 1,
+    "preempt": 2, "crash": 1, "lose_answer": 3, "repeat": 3, "jump": 2, "fail": 3,
+}  # fmt: skip
+COSTLY = {"crash", "lose_answer", "repeat", "jump", "fail"}
+
+
+def walk(seed: int, num_steps: int) -> Cluster:
+    """One episode of random rules, then rest. Same seed, same episode."""
+    rng = random.Random(seed)
+    chaos = Chaos(seed)
+    names, weights = list(WEIGHTS), list(WEIGHTS.values())
+    for _ in range(1 + rng.randrange(4)):
+        chaos.submit(rng.randrange(1000))
+    for name in rng.choices(names, weights, k=num_steps):
+        if (name in COSTLY and not chaos.budget) or (name == "submit" and len(chaos.cluster.streams) >= 8):
+            continue
+        act: Callable[[int], None] = getattr(chaos, name)
+        act(rng.randrange(1000))
+        chaos.cluster.check()
+    chaos.cluster.quiesce()
+    return chaos.cluster
