@@ -227,21 +227,18 @@ class Migration:
 
     def on_time(self, now: float) -> list[Command]:
         """Check deadlines; the shell calls this when a :class:`WakeAt` is due."""
-        match self.state:
-            case State.CLOSED:
-                return []
-            case State.CLOSING:
-                return self._retry_closing(now)
-            case State.COMMITTING:
-                return self._ask_again(now)
-            case State.RESERVING if self._poll_s is not None and now >= self._poll_s:
-                self._poll_s = None
-                return self._ask_again(now)
-        if now - self._started_s >= self._config.timeout_s:
-            return self._give_up("timeout", now)
-        if now - self._asked_s >= self._config.stage_timeout_s:
-            return self._give_up(f"{self.state} timeout", now)
-        return [WakeAt(self._deadline())]
+        if self.state is State.CLOSED:
+            return []
+        if self.state is State.RESERVING and self._poll_s is not None and now >= self._poll_s:
+            self._poll_s = None
+            return self._ask_again(now)
+        if now < self._deadline():  # woken by an earlier stage's timer
+            return [WakeAt(self._deadline())]
+        if self.state is State.CLOSING:
+            return self._close_again(now)
+        if self.state is State.COMMITTING:
+            return self._ask_again(now)
+        return self._give_up("timeout" if now >= self._give_up_s else f"{self.state} timeout", now)
 
     @property
     def _runs_somewhere(self) -> bool:
@@ -268,9 +265,14 @@ class Migration:
         return self._ask(self._asked.instance, self._asked.message, now)
 
     def _deadline(self) -> float:
+        """When to act; compared with as it is, since ``now - asked_s`` may round to less than the wait."""
         if self.state in (State.COMMITTING, State.CLOSING):
             return self._asked_s + self._config.retry_s
-        return min(self._asked_s + self._config.stage_timeout_s, self._started_s + self._config.timeout_s)
+        return min(self._asked_s + self._config.stage_timeout_s, self._give_up_s)
+
+    @property
+    def _give_up_s(self) -> float:
+        return self._started_s + self._config.timeout_s
 
     def _on_located(self, answer: Answer, now: float) -> list[Command]:
         if not answer.ok:
@@ -290,7 +292,7 @@ class Migration:
         if not answer.ok:
             return self._give_up(f"destination refused: {answer.reason}", now)
         if not answer.ready:
-            if now - self._started_s >= self._config.timeout_s:
+            if now >= self._give_up_s:
                 return self._give_up("timeout", now)
             self._poll_s = now + self._config.ready_poll_s
             return [WakeAt(self._poll_s)]
@@ -442,8 +444,6 @@ class Migration:
         self._unacknowledged.pop(answer.op, None)
         return self._close_if_clean([])
 
-    def _retry_closing(self, now: float) -> list[Command]:
-        if now - self._asked_s < self._config.retry_s:
-            return [WakeAt(self._deadline())]
+    def _close_again(self, now: float) -> list[Command]:
         self._asked_s = now
         return [*self._unacknowledged.values(), WakeAt(self._deadline())]

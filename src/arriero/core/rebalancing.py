@@ -22,7 +22,10 @@ class Move:
     @property
     def reason(self) -> str:
         """For logs and `explain`."""
-        return f"freeness {self.source_freeness:.1f} at {self.source}, {self.destination_freeness:.1f} at {self.destination}"
+        return (
+            f"freeness {self.source_freeness:.1f} at {self.source}, "
+            f"{self.destination_freeness:.1f} at {self.destination}"
+        )
 
 
 def pair(freeness: Mapping[InstanceId, float], config: RebalancingConfig) -> list[tuple[InstanceId, InstanceId]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
 from arriero.core.errors import ArrieroError
@@ -26,11 +28,10 @@ class MigrateBody(BaseModel):
 def attach_admin(app: FastAPI, cluster: Cluster, api_keys: list[str]) -> None:
     """Add the admin endpoints to ``app``. With API keys they want one, like vLLM's."""
     app.include_router(_router(cluster, api_keys))
-    app.add_exception_handler(ArrieroError, _answer_error)
 
 
 def _router(cluster: Cluster, api_keys: list[str]) -> APIRouter:
-    router = APIRouter(tags=["arriero"], dependencies=[Depends(_authorize(api_keys))])
+    router = APIRouter(tags=["arriero"], dependencies=[Depends(_authorize(api_keys))], route_class=_ErrorRoute)
 
     @router.get("/instances")
     async def instances() -> list[dict[str, Any]]:
@@ -82,8 +83,22 @@ def _authorize(api_keys: list[str]) -> Any:
     return check
 
 
-def _answer_error(_: Request, error: Exception) -> JSONResponse:
-    """Errors in the shape of OpenAI's."""
-    status = error.status if isinstance(error, ArrieroError) else 500
-    body = {"error": {"message": str(error), "type": type(error).__name__, "param": None, "code": status}}
-    return JSONResponse(body, status_code=status)
+class _ErrorRoute(APIRoute):
+    """Answers arriero's errors in the shape of OpenAI's (vLLM's handlers would make them a 500)."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See FastAPI."""
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except ArrieroError as error:
+                return _error_response(error)
+
+        return answer
+
+
+def _error_response(error: ArrieroError) -> Response:
+    body = {"message": str(error), "type": type(error).__name__, "param": None, "code": error.status}
+    return JSONResponse({"error": body}, status_code=error.status)

@@ -119,7 +119,8 @@ class Instances:
         if future is not None and not future.done():
             future.set_exception(
                 LaunchError(
-                    f"instance {instance} ended with exit code {returncode} while {record.stage}; its log above says why"
+                    f"instance {instance} ended with exit code {returncode} while {record.stage}; "
+                    "its log above says why"
                 )
             )
         if was is not InstanceState.STARTING:

@@ -6,6 +6,7 @@ message a request can be continued on any instance, and no token is delivered tw
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,7 +72,9 @@ class RequestTable:
         exact = self._requests.get(name)
         if exact is not None:
             return [exact]
-        found = [r for r in self._requests.values() if r.external_id == name or r.external_id.endswith(f"_{name}")]
+        # "cmpl-7" is known inside as "cmpl-7-0" (prompt 0), and its sequences as "0_cmpl-7-0", "1_cmpl-7-0".
+        pattern = re.compile(rf"(\d+_)?{re.escape(name)}(-\d+)?")
+        found = [r for r in self._requests.values() if pattern.fullmatch(r.external_id)]
         if not found:
             raise NotFoundError(
                 f"request {name!r} is not running: it has ended, or the id is wrong (see GET /requests)"

@@ -99,8 +99,8 @@ class BlockPool:
         """The entries of the owner's tokens ``[first, end)``, as they stand in its blocks."""
         at = self._locate(owner, first, end)
         head, tail = self._words[(*at, 0)], self._words[(*at, -1)]
-        # Equal to both if they agree, else to neither.
-        return head + (head - tail) * np.uint64(2)
+        entries: Entries = head + (head - tail) * np.uint64(2)  # equal to both if they agree, else to neither
+        return entries
 
     def _locate(self, owner: RequestId, first: int, end: int) -> tuple[Any, Any]:
         positions = np.arange(first, end)

@@ -54,7 +54,7 @@ def next_token(attention: int, draw: int, vocab_size: int) -> int:
     return mix(attention + draw) % vocab_size
 
 
-def sampler_state(seed: int | None, num_drawn: int = 0) -> int | None:
+def draw_state(seed: int | None, num_drawn: int = 0) -> int | None:
     """State of a sampler that has drawn ``num_drawn`` tokens; None: greedy, it has none."""
     if seed is None:
         return None
@@ -81,7 +81,7 @@ def expected_tokens(
 ) -> list[int]:
     """The first ``n`` tokens that follow a prompt: the reference that every run must match, moved or not."""
     entry, attention, position = 0, 0, 0
-    state = sampler_state(seed)
+    state = draw_state(seed)
     fresh, tokens = list(prompt_token_ids), []
     for _ in range(n):
         for token_id in fresh:

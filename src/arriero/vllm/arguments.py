@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-
 from arriero.core.config import CopyConfig, MigrationConfig, RebalancingConfig, SchedulerConfig
 from arriero.core.errors import ConfigError
+from arriero.vllm.compat import FlexibleArgumentParser, make_arg_parser, validate_parsed_serve_args
 
 WORKER_EXTENSION = "arriero.vllm.worker.ArrieroWorkerExtension"
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources
-
 from arriero.core.types import Dispatchable
 from arriero.frontend.cluster import Cluster
+from arriero.vllm.compat import AsyncMPClient, BackgroundResources, EngineCoreRequest
 
 
 class ClusterClient(AsyncMPClient):

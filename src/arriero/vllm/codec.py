@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
-
 from arriero.core.types import RequestId
+from arriero.vllm.compat import EngineCoreOutput, EngineCoreOutputs, FinishReason, MsgpackDecoder, MsgpackEncoder
 
 
 class VllmCodec:

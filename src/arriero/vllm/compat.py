@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from dataclasses import dataclass
+from typing import Any
 
 from arriero.core.errors import ConfigError
 
@@ -22,7 +24,8 @@ class Symbol:
     module: str
     name: str
     parameters: tuple[str, ...] = ()
-    attributes: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()  #: of the class
+    assigned: tuple[str, ...] = ()  #: ``self.NAME = ...`` somewhere in the class
 
 
 SYMBOLS: tuple[Symbol, ...] = (
@@ -38,23 +41,25 @@ SYMBOLS: tuple[Symbol, ...] = (
             "call_utility_async",
             "call_utility_all_async",
             "call_utility_consensus_async",
-            "_call_utility_async",
+            "collective_rpc_async",
+            "get_supported_tasks_async",
             "_apply_ready_response",
             "_ensure_output_queue_task",
-            "get_supported_tasks_async",
+            "_format_exception",
             "shutdown",
         ),
+        assigned=("outputs_queue", "client_index", "client_count"),
     ),
-    Symbol("vllm.v1.engine.core_client", "BackgroundResources", attributes=("validate_alive",)),
-    Symbol("vllm.v1.engine.async_llm", "AsyncLLM", attributes=("from_vllm_config", "shutdown")),
+    Symbol("vllm.v1.engine.core_client", "BackgroundResources", ("ctx",), attributes=("engine_dead",)),
+    Symbol("vllm.v1.engine.async_llm", "AsyncLLM", attributes=("from_vllm_config", "shutdown", "reset_mm_cache")),
     Symbol("vllm.v1.serial_utils", "MsgpackEncoder", attributes=("encode",)),
     Symbol("vllm.v1.serial_utils", "MsgpackDecoder", attributes=("decode",)),
-    Symbol("vllm.v1.engine", "EngineCoreOutputs"),
-    Symbol("vllm.v1.engine", "EngineCoreOutput"),
-    Symbol("vllm.v1.engine", "FinishReason", attributes=("ERROR",)),
-    Symbol("vllm.v1.engine", "UtilityOutput"),
-    Symbol("vllm.v1.engine", "EngineCoreReadyResponse"),
     Symbol("vllm.v1.serial_utils", "UtilityResult"),
+    Symbol("vllm.v1.engine", "EngineCoreRequest", ("request_id", "current_wave", "client_index", "external_req_id")),
+    Symbol("vllm.v1.engine", "EngineCoreOutputs", ("engine_index", "outputs", "utility_output", "scheduler_stats")),
+    Symbol("vllm.v1.engine", "EngineCoreOutput", ("request_id", "new_token_ids", "finish_reason")),
+    Symbol("vllm.v1.engine", "UtilityOutput", ("call_id", "failure_message", "result")),
+    Symbol("vllm.v1.engine", "FinishReason", attributes=("ERROR",)),
     # server
     Symbol("vllm.entrypoints.launchers.cli_args", "make_arg_parser", ("parser",)),
     Symbol("vllm.entrypoints.launchers.cli_args", "validate_parsed_serve_args", ("args",)),
@@ -67,45 +72,98 @@ SYMBOLS: tuple[Symbol, ...] = (
     Symbol("vllm.entrypoints.launchers.launcher", "serve_http", ("app", "sock", "enable_ssl_refresh")),
     Symbol("vllm.entrypoints.launchers.launcher", "setup_server", ("args", "reuse_port")),
     Symbol("vllm.entrypoints.launchers.utils.server_utils", "get_uvicorn_log_config", ("args",)),
+    Symbol("vllm.entrypoints.serve.utils.api_utils", "cli_env_setup"),
     Symbol("vllm.utils.argparse_utils", "FlexibleArgumentParser"),
     Symbol("vllm.engine.arg_utils", "AsyncEngineArgs", attributes=("from_cli_args", "create_engine_config")),
+    Symbol("vllm.usage.usage_lib", "UsageContext", attributes=("OPENAI_API_SERVER",)),
+    Symbol("vllm.logger", "configure_logging_from_args", ("args",)),
+    Symbol("vllm.logger", "configure_logging"),
     Symbol("vllm.v1.executor", "Executor", attributes=("get_class",)),
     # engine
     Symbol(
         "vllm.v1.engine.core",
         "EngineCoreProc",
+        (
+            "vllm_config",
+            "local_client",
+            "handshake_address",
+            "executor_class",
+            "log_stats",
+            "engine_index",
+        ),
         attributes=(
             "_perform_handshakes",
+            "_initialize_kv_caches",
             "_handle_client_request",
             "_process_engine_step",
             "_process_input_queue",
             "_send_engine_dead",
-            "add_request",
             "abort_requests",
+            "add_request",
+            "collective_rpc",
+            "has_work",
+            "list_loras",
             "preprocess_add_request",
+            "reset_prefix_cache",
             "run_busy_loop",
             "shutdown",
         ),
+        assigned=("input_queue", "output_queue", "scheduler", "shutdown_state", "step_fn", "structured_output_manager"),
     ),
     Symbol("vllm.v1.engine.core", "EngineShutdownState", attributes=("REQUESTED",)),
     Symbol("vllm.v1.engine", "EngineCoreRequestType", attributes=("ADD", "ABORT", "UTILITY", "WAKEUP")),
-    Symbol("vllm.v1.engine.utils", "EngineZmqAddresses"),
-    Symbol("vllm.v1.request", "Request", attributes=("append_output_token_ids", "num_tokens", "num_output_tokens")),
-    Symbol("vllm.v1.request", "RequestStatus", attributes=("RUNNING", "WAITING", "PREEMPTED", "FINISHED_ABORTED")),
+    Symbol("vllm.v1.engine.utils", "EngineZmqAddresses", ("inputs", "outputs")),
+    Symbol(
+        "vllm.v1.request",
+        "Request",
+        attributes=(
+            "append_output_token_ids",
+            "num_tokens",
+            "num_output_tokens",
+            "is_finished",
+            "use_structured_output",
+        ),
+        assigned=(
+            "events",
+            "num_computed_tokens",
+            "num_in_flight_tokens",
+            "num_output_placeholders",
+            "num_preemptions",
+            "output_token_ids",
+            "prefill_stats",
+            "priority",
+            "status",
+            "structured_output_request",
+        ),
+    ),
+    Symbol(
+        "vllm.v1.request",
+        "RequestStatus",
+        attributes=("RUNNING", "WAITING", "PREEMPTED", "WAITING_FOR_REMOTE_KVS", "FINISHED_ABORTED"),
+    ),
     Symbol(
         "vllm.v1.core.sched.scheduler",
         "Scheduler",
-        attributes=(
-            "add_request",
-            "finish_requests",
-            "get_request_counts",
-            "_enqueue_waiting_request",
+        attributes=("add_request", "finish_requests", "get_request_counts", "has_requests", "_holds_kv_blocks"),
+        assigned=(
+            "block_size",
+            "connector",
+            "deferred_waiting",
+            "finished_req_ids",
+            "kv_cache_config",
+            "kv_cache_manager",
+            "kv_holding_waiting",
+            "max_num_running_reqs",
+            "requests",
+            "running",
+            "waiting",
         ),
     ),
     Symbol(
         "vllm.v1.core.kv_cache_manager",
         "KVCacheManager",
         attributes=("allocate_slots", "cache_blocks", "free", "get_block_ids"),
+        assigned=("block_pool", "coordinator"),
     ),
     Symbol("vllm.v1.structured_output", "StructuredOutputManager", attributes=("accept_tokens", "grammar_init")),
     # worker
@@ -124,10 +182,27 @@ SYMBOLS: tuple[Symbol, ...] = (
             "lora_request",
         ),
     ),
+    Symbol(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        assigned=("kv_caches", "requests", "device"),
+    ),
     Symbol("vllm.sampling_params", "SamplingType", attributes=("RANDOM_SEED",)),
+    Symbol("vllm.sampling_params", "SamplingParams", ("max_tokens", "temperature", "seed", "structured_outputs")),
+    Symbol("vllm.sampling_params", "StructuredOutputsParams", ("json",)),
+    Symbol("vllm.transformers_utils.config", "maybe_register_config_serialize_by_value"),
     Symbol("vllm.utils.system_utils", "decorate_logs"),
     Symbol("vllm.utils.system_utils", "set_process_title"),
 )
+
+_MODULES = {symbol.name: symbol.module for symbol in SYMBOLS}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a symbol of the table on first use, so that nothing heavy is imported before it is needed."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def missing_symbols() -> list[str]:
@@ -141,10 +216,19 @@ def missing_symbols() -> list[str]:
             missing.append(where)
             continue
         missing += [f"{where}.{a}" for a in symbol.attributes if not hasattr(found, a)]
+        missing += [f"{where}().{a}" for a in symbol.assigned if not _assigns(found, a)]
         if symbol.parameters:
             have = inspect.signature(found).parameters
             missing += [f"{where}({p}=...)" for p in symbol.parameters if p not in have]
     return missing
+
+
+def _assigns(cls: type, name: str) -> bool:
+    """Whether some method of the class or its bases assigns ``self.name``, or it is an attribute of the class."""
+    pattern = re.compile(rf"\bself\.{name}\b[^=\n]*=(?!=)")
+    return hasattr(cls, name) or any(
+        pattern.search(inspect.getsource(base)) for base in cls.__mro__ if base.__module__.startswith("vllm.")
+    )
 
 
 def self_check() -> None:
@@ -158,5 +242,6 @@ def self_check() -> None:
     missing = missing_symbols()
     if missing:
         raise ConfigError(
-            f"vLLM {__version__} lacks {', '.join(missing)}: arriero is written for vLLM {SUPPORTED_MINOR}.x, install that"
+            f"vLLM {__version__} lacks {', '.join(missing)}: "
+            f"arriero is written for vLLM {SUPPORTED_MINOR}.x, install that"
         )

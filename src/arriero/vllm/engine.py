@@ -25,15 +25,19 @@ if __name__ == "__main__":
     _PAYLOAD = adopt_parent()
     report_stage("importing vLLM")
 
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequestType, UtilityOutput
-from vllm.v1.engine.core import EngineCoreProc, EngineShutdownState
-from vllm.v1.engine.utils import EngineZmqAddresses
-from vllm.v1.serial_utils import UtilityResult
-
 from arriero.core.config import CopyConfig, MigrationConfig
 from arriero.core.llumlet import Export, Llumlet
 from arriero.core.messages import Answer
 from arriero.core.types import InstanceId, MigrationId
+from arriero.vllm.compat import (
+    EngineCoreOutputs,
+    EngineCoreProc,
+    EngineCoreRequestType,
+    EngineShutdownState,
+    EngineZmqAddresses,
+    UtilityOutput,
+    UtilityResult,
+)
 from arriero.vllm.copier import Copier
 from arriero.vllm.engine_port import VllmEnginePort
 from arriero.vllm.warm_up import warm_up
@@ -211,9 +215,12 @@ class ArrieroEngineCore(EngineCoreProc):
 
 def run(spec: EngineSpec) -> None:
     """Run an instance until it is told to end."""
-    from vllm.logger import configure_logging
-    from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
-    from vllm.utils.system_utils import decorate_logs, set_process_title
+    from arriero.vllm.compat import (
+        configure_logging,
+        decorate_logs,
+        maybe_register_config_serialize_by_value,
+        set_process_title,
+    )
 
     if logging_config := getattr(spec.vllm_config, "logging_config", None):
         configure_logging(logging_config)

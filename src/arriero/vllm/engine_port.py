@@ -9,13 +9,12 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
-from vllm.v1.request import Request, RequestStatus
-
 from arriero.core.config import CopyConfig
 from arriero.core.errors import ArrieroError, ConflictError, TransportError, UnmovableError
 from arriero.core.llumlet import Export
 from arriero.core.llumlet import RequestStatus as Status
 from arriero.core.types import InstanceId, InstanceSnapshot, MigrationId, Phase, RequestId, RequestSnapshot
+from arriero.vllm.compat import Request, RequestStatus
 from arriero.vllm.copier import Copier
 
 P = ParamSpec("P")

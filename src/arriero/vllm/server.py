@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,18 +21,7 @@ import msgspec
 import psutil
 import uvloop
 from vllm import envs
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.launcher import serve_http, setup_server
-from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
-from vllm.usage.usage_lib import UsageContext
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.core_client import EngineCoreClient
-from vllm.v1.executor import Executor
 
 from arriero.core.errors import ConfigError, LaunchError
 from arriero.core.types import InstanceId
@@ -48,6 +38,20 @@ from arriero.vllm import compat
 from arriero.vllm.arguments import ServeOptions, parse
 from arriero.vllm.client import ClusterClient
 from arriero.vllm.codec import VllmCodec
+from arriero.vllm.compat import (
+    AsyncEngineArgs,
+    AsyncLLM,
+    EngineCoreClient,
+    Executor,
+    UsageContext,
+    build_app,
+    cli_env_setup,
+    configure_logging_from_args,
+    get_uvicorn_log_config,
+    init_app_state,
+    serve_http,
+    setup_server,
+)
 from arriero.vllm.engine import EngineSpec
 
 SHM_PREFIX = "arriero"
@@ -203,9 +207,9 @@ async def running_cluster(args: argparse.Namespace, options: ServeOptions, vllm_
             scheduler=options.scheduler,
             migration=options.migration,
             progress=_say,
-            events=EventLog(asyncio.get_running_loop().time, options.event_log),
+            events=EventLog(time.monotonic, options.event_log),
             metrics=default_metrics(),
-            clock=asyncio.get_running_loop().time,
+            clock=time.monotonic,
         )
         try:
             await cluster.start(options.num_instances)

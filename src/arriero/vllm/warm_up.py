@@ -8,8 +8,7 @@ import logging
 import time
 from typing import Any
 
-from vllm.sampling_params import SamplingParams, StructuredOutputsParams
-from vllm.v1.engine import EngineCoreRequest
+from arriero.vllm.compat import EngineCoreRequest, SamplingParams, StructuredOutputsParams
 
 logger = logging.getLogger(__name__)
 

@@ -140,8 +140,7 @@ class ArrieroWorkerExtension:
         """
         if getattr(self, "use_v2_model_runner", False):
             return
-        from vllm.sampling_params import SamplingType
-        from vllm.v1.worker.gpu_input_batch import CachedRequestState
+        from arriero.vllm.compat import CachedRequestState, SamplingType
 
         params = state["sampling_params"]
         generator = None
