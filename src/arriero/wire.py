@@ -23,6 +23,7 @@ LLUMLET_METHOD = "arriero_llumlet"
 """Name of the utility method that takes an encoded operation and returns an encoded answer."""
 
 _MESSAGES: dict[str, type[Message]] = {op.value: kind for kind, op in OPERATIONS.items()}
+_MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # the last: nested too deep
 _encoder = msgspec.msgpack.Encoder()
 _answers = msgspec.msgpack.Decoder(Answer)
 _snapshots = msgspec.msgpack.Decoder(InstanceSnapshot)
@@ -39,7 +40,7 @@ def decode_message(data: bytes) -> Message:
     try:
         name, body = _operations.decode(data)
         return msgspec.msgpack.decode(body, type=_MESSAGES[name])
-    except (msgspec.MsgspecError, KeyError, UnicodeDecodeError) as error:
+    except (*_MALFORMED, KeyError) as error:
         raise ProtocolError(f"malformed llumlet operation ({len(data)} bytes): {error}") from error
 
 
@@ -66,5 +67,5 @@ def decode_snapshot(data: bytes) -> InstanceSnapshot:
 def _decode(decoder: Any, data: bytes) -> Any:
     try:
         return decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except _MALFORMED as error:
         raise ProtocolError(f"malformed message ({len(data)} bytes): {error}") from error

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 _QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 settings.register_profile(
-    "short", max_examples=120, stateful_step_count=40, derandomize=True, deadline=None, database=None,
+    "short", max_examples=400, stateful_step_count=60, derandomize=True, deadline=None, database=None,
     suppress_health_check=_QUIET,
 )  # fmt: skip
 settings.register_profile(

@@ -52,11 +52,11 @@ def _sample(num_tokens: int, digest: int, draws: int) -> int:
 @cache
 def reference(spec: Spec) -> tuple[int, ...]:
     """The output of ``spec`` when nothing ever happens to it."""
-    tokens, digest, position = list(spec.prompt), 0, 0
+    tokens, digest, done = list(spec.prompt), 0, 0
     for draws in range(spec.num_outputs):
-        for position in range(position, len(tokens)):
+        for position in range(done, len(tokens)):
             digest = (digest + _weigh(position, _entry(position, tokens[position], digest))) % _PRIME
-        position = len(tokens)
+        done = len(tokens)
         tokens.append(_sample(len(tokens), digest, draws))
     return tuple(tokens[len(spec.prompt) :])
 
@@ -181,9 +181,8 @@ class FakeEngine:
             export = Export(ticket=(self.instance, job.migration_id), num_bytes=len(job.blocks), copy_s=0.5)
         else:
             reserved = self.reserved.get(job.request_id)
-            assert reserved is not None and set(job.blocks) <= set(reserved.blocks), (
-                f"an import wrote into blocks that {job.request_id} does not own any more"
-            )
+            owned = set(job.blocks) <= set(reserved.blocks if reserved is not None else ())
+            assert owned, f"an import wrote into blocks that {job.request_id} does not own any more"
             failed = failed or not self._write(job.blocks, job.ticket)
             export = Export(ticket=None, num_bytes=len(job.blocks), copy_s=0.25)
         self._llumlet.copied(job.migration_id, None if failed else export, "cut" if failed else None, now)
@@ -247,7 +246,8 @@ class FakeEngine:
     ) -> Export:
         self._maybe_fail("export_rest")
         request = self.requests[request_id]
-        assert request_id in self.frozen and not request.in_flight, "exporting the rest of a request that moves on"
+        assert request_id in self.frozen, "exporting the rest of a request that runs"
+        assert not request.in_flight, "exporting the rest under a step in flight"
         state = str(request.draws).encode()
         if not with_blocks:
             return Export(ticket=None, sampler_state=state)
@@ -298,9 +298,7 @@ class FakeEngine:
     def extend(self, request_id: RequestId, output_token_ids: tuple[int, ...]) -> None:
         self.reserved[request_id].outputs.extend(output_token_ids)
 
-    def start_import(
-        self, migration_id: MigrationId, request_id: RequestId, first: int, end: int, ticket: Any
-    ) -> None:
+    def start_import(self, migration_id: MigrationId, request_id: RequestId, first: int, end: int, ticket: Any) -> None:
         self._maybe_fail("start_import")
         blocks = self.reserved[request_id].blocks[first:end]
         assert len(blocks) == end - first, "the reservation is too small for what comes in"
@@ -370,11 +368,13 @@ class FakeEngine:
         end = min(start + self.chunk, len(tokens))
         digest = 0
         for position in range(start):
-            digest += _weigh(position, self._kv[request.blocks[position // 4]][position % 4])
+            block, offset = divmod(position, self.block_size)
+            digest += _weigh(position, self._kv[request.blocks[block]][offset])
         digest %= _PRIME
         for position in range(start, end):
             entry = _entry(position, tokens[position], digest)
-            self._kv[request.blocks[position // 4]][position % 4] = entry
+            block, offset = divmod(position, self.block_size)
+            self._kv[request.blocks[block]][offset] = entry
             digest = (digest + _weigh(position, entry)) % _PRIME
         request.computed = end
         request.in_flight += 1

@@ -93,3 +93,6 @@ class SchedulerConfig:
     rebalancing: RebalancingConfig | None = None  #: None: requests move only on demand
     snapshot_interval_s: float = 0.02  #: instances push at most this often
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.snapshot_interval_s >= 0, "snapshot_interval_s", self.snapshot_interval_s, "0 or more seconds")

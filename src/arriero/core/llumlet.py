@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Protocol, assert_never
+from typing import Any, Protocol
 
 from arriero.core.config import MigrationConfig
 from arriero.core.errors import ArrieroError, ProtocolError
@@ -146,7 +146,7 @@ class _In(StrEnum):
 class _Outgoing:
     request_id: RequestId
     state: _Out = _Out.COPYING
-    answer: Answer | None = None  # of the copy in flight, or of the finished detach
+    answer: Answer | None = None  # of the copy in flight, of the last copy, or of the finished detach
     detach: Detach | None = None
     owed: list[Reply] = field(default_factory=list)
     seen_s: float = 0.0
@@ -182,6 +182,8 @@ class Llumlet:
 
     def handle(self, message: Message, reply: Reply, now: float) -> None:
         """Carry out one operation; ``reply`` is called once, now or after a copy or a step."""
+        if type(message) not in OPERATIONS:
+            raise ProtocolError(f"{type(message).__name__} is no operation; see arriero.core.messages")
         try:
             self._dispatch(message, reply, now)
         except ArrieroError as error:
@@ -207,14 +209,17 @@ class Llumlet:
         for migration_id, incoming in list(self._incoming.items()):
             age = now - incoming.seen_s
             if incoming.state is _In.RESERVED and age > self._config.lease_s:
-                self._end_incoming(migration_id, incoming, "lease expired", now)
+                self._end_incoming(incoming, "lease expired", now)
             elif incoming.state in (_In.ENDED, _In.COMMITTED) and age > self._config.tombstone_s:
-                del self._incoming[migration_id]
+                if incoming.state is _In.COMMITTED and self._engine.find(incoming.request_id) is not None:
+                    incoming.seen_s = now  # an owner who still asks must not hear "no": the source would resume
+                else:
+                    del self._incoming[migration_id]
         for migration_id, outgoing in list(self._outgoing.items()):
             age = now - outgoing.seen_s
             if outgoing.state is _Out.COPYING and age > self._config.lease_s:
                 self._end_outgoing(migration_id, outgoing, now)
-            elif outgoing.state is _Out.ENDED and age > self._config.tombstone_s:
+            elif outgoing.state is _Out.ENDED and not outgoing.exporting and age > self._config.tombstone_s:
                 del self._outgoing[migration_id]
 
         for request_id in [r for r, since in self._parked.items() if now - since > self._config.lease_s]:
@@ -242,15 +247,13 @@ class Llumlet:
 
     def open_migrations(self) -> list[str]:
         """Every migration that still holds something here, for leak checks."""
-        return (
-            [f"out {m} {o.request_id} {o.state}" for m, o in self._outgoing.items() if o.state is not _Out.ENDED]
-            + [
-                f"in {m} {i.request_id} {i.state}"
-                for m, i in self._incoming.items()
-                if i.state not in (_In.COMMITTED, _In.ENDED)
-            ]
-            + [f"parked {r}" for r in self._parked]
-        )
+        outgoing = [(m, o) for m, o in self._outgoing.items() if o.state is not _Out.ENDED or o.exporting]
+        incoming = [(m, i) for m, i in self._incoming.items() if i.state not in (_In.COMMITTED, _In.ENDED)]
+        return [
+            *(f"out {m} {o.request_id} {o.state}" for m, o in outgoing),
+            *(f"in {m} {i.request_id} {i.state}" for m, i in incoming),
+            *(f"parked {r}" for r in self._parked),
+        ]
 
     def check_integrity(self) -> None:
         """Raise :class:`ProtocolError` if the books contradict themselves."""
@@ -285,10 +288,9 @@ class Llumlet:
                 reply(self._end_source(message, now, released=True))
             case Resume():
                 reply(self._end_source(message, now, released=False))
-            case Drop():
-                reply(self._drop(message, now))
             case _:
-                raise ProtocolError(f"unknown operation {type(message).__name__}")
+                assert isinstance(message, Drop)
+                reply(self._drop(message, now))
 
     @staticmethod
     def _refusal(message: Message, reason: str) -> Answer:
@@ -325,15 +327,20 @@ class Llumlet:
     def _copy(self, message: Copy, reply: Reply, now: float) -> None:
         outgoing = self._outgoing.setdefault(message.migration_id, _Outgoing(message.request_id))
         outgoing.seen_s = now
-        if outgoing.state is _Out.EXPORTING:
+        same = outgoing.answer is not None and outgoing.answer.first == message.first
+        if outgoing.state is _Out.EXPORTING and same:
             outgoing.owed.append(reply)
             return
         if outgoing.state is not _Out.COPYING:
-            reply(self._refusal(message, "migration ended here"))
+            reply(self._refusal(message, _why_not(outgoing)))
             return
         status = self._movable(message.request_id, message.epoch)
         if isinstance(status, str) or status.phase is not Phase.RUNNING:
             reply(self._refusal(message, status if isinstance(status, str) else "preempted"))
+            return
+        if outgoing.answer is not None and message.first != outgoing.answer.end:
+            # Asked again, or late: a new export would overwrite what the destination imports now.
+            reply(outgoing.answer if same else self._refusal(message, "out of order"))
             return
         settled = status.num_computed_tokens // self._engine.block_size
         end = message.first
@@ -362,7 +369,7 @@ class Llumlet:
         if export is None:
             answer = Answer(migration_id=answer.migration_id, op=Op.COPY, ok=False, reason=f"export failed: {error}")
         else:
-            answer = _with_export(answer, export)
+            answer = outgoing.answer = _with_export(answer, export)
         for reply in owed:
             reply(answer)
 
@@ -376,7 +383,7 @@ class Llumlet:
             outgoing.owed.append(reply)
             return
         if outgoing.state is not _Out.COPYING:
-            reply(self._refusal(message, "migration ended here" if outgoing.state is _Out.ENDED else "export running"))
+            reply(self._refusal(message, _why_not(outgoing)))
             return
         status = self._movable(message.request_id, message.epoch)
         if isinstance(status, str):
@@ -440,8 +447,8 @@ class Llumlet:
             if outgoing.released is not released:
                 return self._refusal(message, "released before" if outgoing.released else "resumed before")
             return Answer(migration_id=migration_id, op=op)
-        if released:
-            self._frozen.pop(message.request_id, None)
+        if released and self._frozen.get(message.request_id) == migration_id:
+            del self._frozen[message.request_id]
             self._engine.release(message.request_id)
         owed, outgoing.owed, outgoing.released = outgoing.owed, [], released
         pending = Op.DETACH if outgoing.state is _Out.DETACHING else Op.COPY
@@ -486,14 +493,15 @@ class Llumlet:
         return Answer(migration_id=message.migration_id, op=Op.RESERVE, ready=ready)
 
     def _discard_parked(self, request_id: RequestId) -> None:
-        self._parked.pop(request_id, None)
-        if request_id not in self._arriving:
+        """Not while a reservation has the same request: the engine could not tell which is meant."""
+        if request_id in self._parked and request_id not in self._arriving:
+            del self._parked[request_id]
             self._engine.discard(request_id)
 
     def _live_incoming(self, message: Load | Commit, now: float) -> _Incoming:
-        incoming = self._incoming.get(message.migration_id)
-        if incoming is None:
-            raise ProtocolError("no such reservation")
+        incoming = self._incoming.setdefault(
+            message.migration_id, _Incoming(message.request_id, _In.ENDED, now, end_reason="no such reservation")
+        )
         if incoming.state in (_In.ENDED, _In.DROPPING):
             raise ProtocolError(incoming.end_reason)
         incoming.seen_s = now
@@ -509,11 +517,13 @@ class Llumlet:
 
     def _load(self, message: Load, reply: Reply, now: float) -> None:
         incoming = self._live_incoming(message, now)
-        if incoming.state is _In.IMPORTING:
+        if incoming.load == message:
             incoming.owed.append(reply)
             return
+        if incoming.state is _In.IMPORTING:
+            raise ProtocolError("an import is running")
         if incoming.state is _In.COMMITTED or message.end <= incoming.loaded:
-            reply(Answer(migration_id=message.migration_id, op=Op.LOAD))
+            reply(Answer(migration_id=message.migration_id, op=Op.LOAD, first=message.first, end=message.end))
             return
         if message.first != incoming.loaded:
             raise ProtocolError(f"blocks {incoming.loaded}..{message.first} were never loaded")
@@ -525,7 +535,7 @@ class Llumlet:
                 message.migration_id, message.request_id, message.first, message.end, message.ticket
             )
         except ArrieroError as error:
-            self._end_incoming(message.migration_id, incoming, str(error), now)
+            self._end_incoming(incoming, str(error), now)
             raise
         incoming.state, incoming.load = _In.IMPORTING, message
         incoming.owed.append(reply)
@@ -537,10 +547,10 @@ class Llumlet:
         assert load is not None
         incoming.load = None
         if incoming.state is _In.DROPPING:
-            self._end_incoming(migration_id, incoming, incoming.end_reason, now)
+            self._end_incoming(incoming, incoming.end_reason, now)
             answer = self._refusal(load, incoming.end_reason)
         elif export is None:
-            self._end_incoming(migration_id, incoming, f"import failed: {error}", now)
+            self._end_incoming(incoming, f"import failed: {error}", now)
             answer = self._refusal(load, incoming.end_reason)
         else:
             incoming.state, incoming.loaded, incoming.seen_s = _In.RESERVED, load.end, now
@@ -552,8 +562,9 @@ class Llumlet:
         incoming = self._live_incoming(message, now)
         if incoming.state is _In.COMMITTED:
             return Answer(migration_id=message.migration_id, op=Op.COMMIT)
-        if incoming.state is _In.IMPORTING:
-            raise ProtocolError("an import is running")
+        if incoming.state is _In.IMPORTING:  # the owner resumes the source now: asked again, it is still no
+            incoming.state, incoming.end_reason = _In.DROPPING, "an import is running"
+            raise ProtocolError(incoming.end_reason)
         export = Export(ticket=None)
         try:
             self._learn(incoming, message.known, message.output_token_ids)
@@ -568,7 +579,7 @@ class Llumlet:
                 )
             self._engine.admit(message.request_id, message.num_computed_tokens, message.sampler_state)
         except ArrieroError as error:
-            self._end_incoming(message.migration_id, incoming, str(error), now)
+            self._end_incoming(incoming, str(error), now)
             raise
         incoming.state = _In.COMMITTED
         self._arriving.pop(message.request_id, None)
@@ -578,27 +589,26 @@ class Llumlet:
         incoming = self._incoming.setdefault(
             message.migration_id, _Incoming(message.request_id, _In.ENDED, end_reason="dropped")
         )
-        match incoming.state:
-            case _In.COMMITTED:
-                return self._refusal(message, "committed before")
-            case _In.IMPORTING:
-                incoming.state, incoming.end_reason = _In.DROPPING, "dropped"
-            case _In.RESERVED:
-                self._end_incoming(message.migration_id, incoming, "dropped", now)
-            case _In.ENDED:
-                self._discard_parked(message.request_id)
-            case _In.DROPPING:
-                pass
-            case _:
-                assert_never(incoming.state)
+        if incoming.state is _In.COMMITTED:
+            return self._refusal(message, "committed before")
+        if incoming.state is _In.IMPORTING:
+            incoming.state, incoming.end_reason = _In.DROPPING, "dropped"
+        elif incoming.state is _In.RESERVED:
+            self._end_incoming(incoming, "dropped", now)
+        elif incoming.state is _In.ENDED:
+            self._discard_parked(message.request_id)
         incoming.seen_s = now
         return Answer(migration_id=message.migration_id, op=Op.DROP)
 
-    def _end_incoming(self, migration_id: MigrationId, incoming: _Incoming, reason: str, now: float) -> None:
+    def _end_incoming(self, incoming: _Incoming, reason: str, now: float) -> None:
         incoming.state, incoming.end_reason, incoming.seen_s = _In.ENDED, reason, now
-        if self._arriving.get(incoming.request_id) == migration_id:
-            del self._arriving[incoming.request_id]
-            self._engine.discard(incoming.request_id)
+        del self._arriving[incoming.request_id]
+        self._engine.discard(incoming.request_id)
+
+
+def _why_not(outgoing: _Outgoing) -> str:
+    """Why a migration in this state takes no COPY or DETACH."""
+    return {_Out.EXPORTING: "export running", _Out.ENDED: "migration ended here"}.get(outgoing.state, "detached")
 
 
 def _with_export(answer: Answer, export: Export) -> Answer:

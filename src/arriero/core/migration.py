@@ -153,6 +153,7 @@ class Migration:
         self._known = 0  # output tokens that the destination has been told
         self._handover: Answer | None = None
         self._client_gone = False
+        self._wanted = True  # a client waits for more tokens
         self._source_lost = source is None
         self._destination_lost = False
         self._unacknowledged: dict[Op, Send] = {}
@@ -176,7 +177,7 @@ class Migration:
         """An operation was answered. Answers that nobody waits for are ignored."""
         if self.state is State.CLOSING:
             return self._on_closing_answer(answer)
-        if self._asked is None or OPERATIONS[type(self._asked.message)] is not answer.op:
+        if self._asked is None or not _answers(answer, self._asked.message):
             return []
         match self.state:
             case State.LOCATING:
@@ -189,13 +190,12 @@ class Migration:
                 return self._on_loaded(answer, now)
             case State.DETACHING:
                 return self._on_detached(answer, now)
-            case State.COMMITTING:
+            case _:
                 return self._on_committed(answer, now)
-        return []
 
     def on_client_gone(self, now: float) -> list[Command]:
         """The client aborted the request (the shell has aborted nothing itself)."""
-        self._client_gone = True
+        self._client_gone, self._wanted = True, False
         match self.state:
             case State.CLOSED | State.CLOSING:
                 return [Abort(self.destination if self.committed else self._source)] if self._runs_somewhere else []
@@ -205,10 +205,12 @@ class Migration:
         return aborts + self._give_up("client gone", now)
 
     def on_finished(self, now: float) -> list[Command]:
-        """The request finished at the source by itself."""
-        if self.state in (State.COMMITTING, State.CLOSING, State.CLOSED):
+        """The request's last token was delivered (and it ended by itself)."""
+        if self.state in (State.CLOSING, State.CLOSED):
             return []
-        self._client_gone = True
+        self._wanted = False
+        if self.state is State.COMMITTING:
+            return []  # at the destination, then: nothing is to be resumed or replayed whatever COMMIT's answer
         return self._give_up("finished", now)
 
     def on_instance_lost(self, instance: InstanceId, now: float) -> list[Command]:
@@ -229,14 +231,12 @@ class Migration:
         """Check deadlines; the shell calls this when a :class:`WakeAt` is due."""
         if self.state is State.CLOSED:
             return []
-        if self.state is State.RESERVING and self._poll_s is not None and now >= self._poll_s:
-            self._poll_s = None
-            return self._ask_again(now)
-        if now < self._deadline():  # woken by an earlier stage's timer
+        if now < self._deadline():  # an earlier stage's timer, or one that fired a nanosecond early
             return [WakeAt(self._deadline())]
         if self.state is State.CLOSING:
             return self._close_again(now)
-        if self.state is State.COMMITTING:
+        if self.state is State.COMMITTING or self._poll_s is not None:
+            self._poll_s = None
             return self._ask_again(now)
         return self._give_up("timeout" if now >= self._give_up_s else f"{self.state} timeout", now)
 
@@ -268,6 +268,8 @@ class Migration:
         """When to act; compared with as it is, since ``now - asked_s`` may round to less than the wait."""
         if self.state in (State.COMMITTING, State.CLOSING):
             return self._asked_s + self._config.retry_s
+        if self._poll_s is not None:
+            return self._poll_s
         return min(self._asked_s + self._config.stage_timeout_s, self._give_up_s)
 
     @property
@@ -291,6 +293,7 @@ class Migration:
     def _on_reserved(self, answer: Answer, now: float) -> list[Command]:
         if not answer.ok:
             return self._give_up(f"destination refused: {answer.reason}", now)
+        self._poll_s = None
         if not answer.ready:
             if now >= self._give_up_s:
                 return self._give_up("timeout", now)
@@ -409,11 +412,11 @@ class Migration:
         closing = [] if self._destination_lost else [self._closing(self.destination, Drop)]
         before: list[Command] = []
         if not self._source_lost:
-            stays = not self._client_gone and not delivered
+            stays = self._wanted and not delivered
             closing.append(self._closing(self._source, Resume if stays else Release))
             if stays:
                 before = [Route(self._source)]
-        replay = not self._client_gone and (self._source_lost or delivered)
+        replay = self._wanted and (self._source_lost or delivered)
         return [*before, *self._close(closing, False, reason, now), *([Replay()] if replay else [])]
 
     def _give_up(self, reason: str, now: float) -> list[Command]:
@@ -423,7 +426,7 @@ class Migration:
             closing.append(self._closing(self._source, Resume))
         if not self._destination_lost and self.state is not State.LOCATING:
             closing.append(self._closing(self.destination, Drop))
-        replay = self._source_lost and not self._client_gone
+        replay = self._wanted and self._source_lost
         return [*self._close(closing, False, reason, now), *([Replay()] if replay else [])]
 
     def _closing(self, instance: InstanceId, kind: type[Release] | type[Resume] | type[Drop]) -> Send:
@@ -447,3 +450,10 @@ class Migration:
     def _close_again(self, now: float) -> list[Command]:
         self._asked_s = now
         return [*self._unacknowledged.values(), WakeAt(self._deadline())]
+
+
+def _answers(answer: Answer, message: Message) -> bool:
+    """Whether this is the answer that is awaited, not a late one of an earlier stage."""
+    if OPERATIONS[type(message)] is not answer.op:
+        return False
+    return not (answer.ok and isinstance(message, Copy | Load)) or answer.first == message.first

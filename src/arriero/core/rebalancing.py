@@ -43,15 +43,18 @@ def choose_request(
     destination: InstanceSnapshot,
     config: RebalancingConfig,
     resting: Set[RequestId],
+    *,
+    draining: bool = False,
 ) -> RequestSnapshot | None:
     """The request that moves: waiting ones first (they move without a copy), then lower priority,
-    then the shorter sequence; it must fit, and the move must narrow the gap between the two.
+    then the shorter sequence; it must fit, and the move must narrow the gap between the two
+    (but everything leaves a ``draining`` source, however empty it is).
     """
     for request in sorted(source.requests, key=_eagerness):
         if request.request_id in resting or request.phase in (Phase.FROZEN, Phase.INCOMING):
             continue
         need = request.demand_blocks if request.phase is Phase.WAITING else request.num_blocks + 1
-        if need <= destination.num_free_blocks and _narrows(source, destination, need, config):
+        if need <= destination.num_free_blocks and (draining or _narrows(source, destination, need, config)):
             return request
     return None
 
@@ -63,10 +66,12 @@ def _eagerness(request: RequestSnapshot) -> tuple[bool, int, int, RequestId]:
 def _narrows(
     source: InstanceSnapshot, destination: InstanceSnapshot, num_blocks: int, config: RebalancingConfig
 ) -> bool:
-    """Whether the gap in free blocks shrinks by ``min_gain`` of itself and does not turn over."""
+    """Whether the gap in free blocks shrinks by ``min_gain`` of itself, and at all: where it turns over, it must come
+    out smaller, so that a request is never wanted back and a steady load comes to rest.
+    """
     gap = _free_for_good(destination) - _free_for_good(source)
     after = abs(gap - 2 * num_blocks)
-    return after <= gap * (1 - config.min_gain)
+    return after < gap and after <= gap * (1 - config.min_gain)
 
 
 def _free_for_good(snapshot: InstanceSnapshot) -> int:

@@ -86,7 +86,13 @@ class GlobalScheduler:
         for source, destination in pair(free, config):
             if self._busy(source) or self._busy(destination):
                 continue
-            request = choose_request(self._snapshots[source], self._snapshots[destination], config, resting)
+            request = choose_request(
+                self._snapshots[source],
+                self._snapshots[destination],
+                config,
+                resting,
+                draining=self._states[source] is InstanceState.DRAINING,
+            )
             if request is not None:
                 moves.append(
                     Move(

@@ -18,6 +18,7 @@ import msgspec
 from arriero.core.errors import LaunchError
 from arriero.core.types import InstanceId
 from arriero.launch.child import CORES_ENV, STATUS_FD_ENV
+from arriero.launch.leftovers import reclaim, shared_memory_of_group
 from arriero.launch.port import Launched, LaunchEvents, LaunchSpec
 
 
@@ -89,9 +90,11 @@ class LocalLauncher:
                 child.process.wait(max(0.0, deadline - time.monotonic()))
         for child in children:
             # The group outlives its leader if a worker hangs.
+            left = shared_memory_of_group(child.process.pid)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.process.pid, signal.SIGKILL)
             child.process.wait()
+            reclaim(left)
 
     def _exited(
         self, loop: asyncio.AbstractEventLoop, instance: InstanceId, child: _Child, events: LaunchEvents

@@ -1,34 +1,35 @@
-"""A simulated instance: `python -m arriero.sim.process < spec.json`.
+"""A simulated instance: `python -m arriero.sim.process < spec.json` (see :class:`arriero.sim.spec.SimSpec`).
 
-On the wire it is vLLM's EngineCoreProc with arriero's additions (see `vllm/engine.py`): the same sockets,
-frames and utility calls, the same llumlet, real bytes through a real transport. Input is handled between
-two steps, as in vLLM, or as it arrives with ``async_scheduling``.
+On the wire it is vLLM's EngineCoreProc with arriero's additions (`vllm/engine.py`): the same sockets, frames
+and utility calls, the same llumlet, real bytes through a real transport. Input is handled between two
+steps, as in vLLM, or as it arrives with ``async_scheduling``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import queue
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-import zmq
+from arriero.launch.child import adopt_parent, report_stage
 
-from arriero.core.config import CopyConfig, MigrationConfig
+if __name__ == "__main__":
+    _PAYLOAD = adopt_parent()
+    report_stage("starting")
+
 from arriero.core.errors import ArrieroError, ConfigError, ProtocolError
 from arriero.core.llumlet import Export, Llumlet
 from arriero.core.messages import Answer
 from arriero.core.types import InstanceId, MigrationId, RequestId
-from arriero.launch.child import adopt_parent, report_stage
-from arriero.sim.config import SimEngineConfig, from_dict
+from arriero.sim.config import SimEngineConfig
 from arriero.sim.engine import PlannedStep, SimEngine
 from arriero.sim.sequence import FinishReason, TokenOutput
+from arriero.sim.sockets import Sockets
+from arriero.sim.spec import SimSpec
 from arriero.sim.transport_copier import TransportCopier
 from arriero.sim.wire import (
     EngineCoreOutput,
@@ -38,7 +39,6 @@ from arriero.sim.wire import (
     UtilityResult,
     decode_any,
     decode_request,
-    encode,
     to_job,
 )
 from arriero.transport.port import BlockTransport
@@ -57,106 +57,223 @@ ADD, ABORT, UTILITY = b"\x00", b"\x01", b"\x03"
 TICK_S = 0.5
 """How often an idle instance looks at its leases and repeats its snapshot."""
 
-LATER = object()
-"""Result of a utility call that answers by itself."""
+_LATER = object()  # a utility call that answers by itself
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimSpec:
-    """All that a simulated instance is told at its start."""
+class SimInstance:
+    """The main loop: input, a step, its tokens, again. One thread; only the copier has its own."""
 
-    instance: InstanceId
-    input_address: str
-    output_address: str
-    engine: SimEngineConfig
-    migration: MigrationConfig
-    copy: CopyConfig
-    snapshot_interval_s: float
-    shm_prefix: str
+    def __init__(self, spec: SimSpec, sockets: Sockets, transport: BlockTransport) -> None:
+        self._spec = spec
+        self._sockets = sockets
+        self._inbox: deque[list[bytes]] = deque()
+        self._copies: queue.SimpleQueue[tuple[MigrationId, Export | None, str | None]] = queue.SimpleQueue()
+        self._engine = SimEngine(
+            spec.engine,
+            instance=spec.instance,
+            copy=spec.copy,
+            make_copier=lambda pool: TransportCopier(
+                pool, transport, slice_bytes=spec.copy.slice_bytes, on_copied=self._on_copied
+            ),
+        )
+        self._llumlet = Llumlet(self._engine, spec.migration)
+        self._dirty = True  # something changed since the last snapshot
+        self._pushed_s = 0.0
+        self._stopping = False
 
-    @classmethod
-    def from_json(cls, data: bytes) -> SimSpec:
-        """Raises ConfigError, naming what is missing or wrong."""
+    def stop(self) -> None:
+        """End the loop soon; from any thread or signal handler."""
+        self._stopping = True
+        self._sockets.ring()
+
+    def _on_copied(self, migration_id: MigrationId, export: Export | None, error: str | None) -> None:
+        self._copies.put((migration_id, export, error))
+        self._sockets.ring()
+
+    # ------------------------------------------------------------------ loop
+
+    def run(self) -> None:
+        """Serve until :meth:`stop`."""
+        self._sockets.send_ready(ready_response(self._spec.instance, self._spec.engine))
+        report_stage("ready")
+        while not self._stopping:
+            self._receive()
+            self._handle_events()
+            step = self._engine.begin_step(time.monotonic())
+            if step is None:
+                self._idle()
+            else:
+                self._run_step(step)
+
+    def _run_step(self, step: PlannedStep) -> None:
+        while (left_s := step.ends_s - time.monotonic()) > 0 and not self._stopping:
+            self._sockets.wait(left_s)
+            self._receive()
+            if self._spec.engine.async_scheduling:
+                self._handle_events()
+        now = time.monotonic()
+        self._deliver(self._engine.finish_step(now), now)
+        self._llumlet.after_step(now)
+        self._dirty = True
+        self._push_snapshot(force=False)
+
+    def _idle(self) -> None:
+        self._llumlet.after_step(time.monotonic())
+        if self._dirty:
+            self._engine.check_integrity()
+            self._llumlet.check_integrity()
+            self._push_snapshot(force=True)
+        self._sockets.wait(TICK_S)
+        # Also if nothing happened: a snapshot that overtook the ready message was not heard.
+        self._dirty = True
+
+    def _receive(self) -> None:
+        while (message := self._sockets.receive()) is not None:
+            self._inbox.append(message)
+
+    def _handle_events(self) -> None:
+        while self._inbox:
+            self._dirty = True
+            try:
+                self._handle(self._inbox.popleft())
+            except ProtocolError as error:
+                print(f"instance {self._spec.instance}: a message was dropped: {error}", file=sys.stderr, flush=True)
+        while not self._copies.empty():
+            self._dirty = True
+            self._llumlet.copied(*self._copies.get(), now=time.monotonic())
+
+    # ------------------------------------------------------------------ input
+
+    def _handle(self, frames: Sequence[bytes]) -> None:
+        match frames:
+            case [kind, payload, *_] if kind == ADD:
+                self._add(payload)
+            case [kind, payload, *_] if kind == ABORT:
+                for request_id in decode_any(payload):
+                    self._engine.abort(request_id)
+                    self._llumlet.request_gone(request_id, time.monotonic())
+            case [kind, payload, *_] if kind == UTILITY:
+                _, call_id, method, args = decode_any(payload)
+                self._utility(call_id, method, args)
+            case _:
+                raise ProtocolError(f"{len(frames)} frames of kind {frames[0]!r} are not understood")
+
+    def _add(self, payload: bytes) -> None:
+        request = decode_request(payload)
+        if request.current_wave == PARKED_WAVE:
+            self._engine.park(to_job(request))
+            self._llumlet.parked(request.request_id, time.monotonic())
+            return
         try:
-            values: dict[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
-            transport = values.pop("transport", {"kind": "shm"})
-            if transport.get("kind") != "shm":
-                raise ConfigError(f"transport {transport!r} is unknown: use {{'kind': 'shm', 'prefix': ...}}")
-            return cls(
-                instance=int(values.pop("instance")),
-                input_address=values.pop("input_address"),
-                output_address=values.pop("output_address"),
-                engine=SimEngineConfig.from_dict(values.pop("engine", {})),
-                migration=from_dict(MigrationConfig, values.pop("migration", {}), "migration"),
-                copy=from_dict(CopyConfig, values.pop("copy", {}), "copy"),
-                snapshot_interval_s=float(values.pop("snapshot_interval_s", 0.02)),
-                shm_prefix=transport.get("prefix", "arriero-sim"),
-                **values,
-            )
-        except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"the spec of the instance cannot be used: {error}") from error
+            self._engine.add(to_job(request))
+        except ArrieroError:
+            self._send_outputs([EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ERROR)])
 
-
-class Links:
-    """The sockets of an instance, and a bell that wakes it from other threads and signal handlers."""
-
-    def __init__(self, spec: SimSpec) -> None:
-        self._context = zmq.Context()
-        self._input = self._socket(zmq.DEALER)
-        self._input.setsockopt(zmq.IDENTITY, spec.instance.to_bytes(2, "little"))
-        self._input.connect(spec.input_address)
-        self._output = self._socket(zmq.PUSH)
-        self._output.connect(spec.output_address)
-        self._instance = spec.instance
-        self._bell_read, self._bell_write = os.pipe()
-        os.set_blocking(self._bell_read, False)
-        os.set_blocking(self._bell_write, False)
-        self._poller = zmq.Poller()
-        self._poller.register(self._input, zmq.POLLIN)
-        self._poller.register(self._bell_read, zmq.POLLIN)
-
-    def _socket(self, kind: int) -> zmq.Socket[bytes]:
-        socket = self._context.socket(kind)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.LINGER, 1000)
-        return socket
-
-    def ring(self) -> None:
-        """Wake :meth:`wait`; from any thread or signal handler."""
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._bell_write, b"!")
-
-    def wait(self, timeout_s: float) -> None:
-        """Until there is input, the bell rings, or the time is up."""
-        # The poller counts milliseconds; the rest of the time is slept.
-        milliseconds = max(0, int(timeout_s * 1000))
-        started = time.monotonic()
-        if not self._poller.poll(milliseconds):
-            time.sleep(max(0.0, started + timeout_s - time.monotonic()))
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._bell_read, 65536)
-
-    def receive(self) -> list[bytes] | None:
-        """The next message, if one has arrived."""
+    def _utility(self, call_id: int, method: str, args: Sequence[Any]) -> None:
+        output = UtilityOutput(call_id)
         try:
-            return self._input.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return None
+            result = self._call(call_id, method, args)
+            if result is _LATER:
+                return
+            output.result = UtilityResult(result)
+        except (ArrieroError, IndexError) as error:
+            output.failure_message = f"Call to {method} method failed: {error}"
+        self._sockets.send(EngineCoreOutputs(utility_output=output))
 
-    def send_ready(self, response: EngineCoreReadyResponse) -> None:
-        """The first message: the front end's ROUTER learns the identity from it."""
-        self._input.send(encode(response))
+    def _call(self, call_id: int, method: str, args: Sequence[Any]) -> Any:
+        match method:
+            case _ if method == LLUMLET_METHOD:
+                self._llumlet.handle(decode_message(args[0]), lambda a: self._answer(call_id, a), time.monotonic())
+                return _LATER
+            case "get_supported_tasks":
+                return ["generate"]
+            case "reset_prefix_cache":
+                return True
+            case "is_sleeping":
+                return False
+            case "list_loras":
+                return []
+            case "arriero_check":
+                self._engine.check_integrity()
+                self._llumlet.check_integrity()
+                return {**self._engine.held.describe(), "open": self._llumlet.open_migrations()}
+            case "arriero_stop":
+                self.stop()
+        return None
 
-    def send(self, outputs: EngineCoreOutputs) -> None:
-        """To the front end."""
-        outputs.engine_index = self._instance
-        self._output.send(encode(outputs))
+    # ------------------------------------------------------------------ output
 
-    def close(self) -> None:
-        """Deliver what was sent, if it goes quickly."""
-        self._input.close()
-        self._output.close()
-        self._context.term()
-        os.close(self._bell_read)
-        os.close(self._bell_write)
+    def _answer(self, call_id: int, answer: Answer) -> None:
+        output = UtilityOutput(call_id, result=UtilityResult(encode_answer(answer)))
+        self._sockets.send(EngineCoreOutputs(utility_output=output))
+
+    def _deliver(self, tokens: Sequence[TokenOutput], now: float) -> None:
+        if tokens:
+            self._send_outputs([_on_wire(token) for token in tokens])
+        for request_id in [t.request_id for t in tokens if t.finish_reason is not None]:
+            self._llumlet.request_gone(request_id, now)
+
+    def _send_outputs(self, outputs: list[EngineCoreOutput]) -> None:
+        finished: set[RequestId] = {o.request_id for o in outputs if o.finished}
+        self._sockets.send(EngineCoreOutputs(outputs=outputs, finished_requests=finished or None))
+
+    def _push_snapshot(self, *, force: bool) -> None:
+        now = time.monotonic()
+        if not self._dirty or (not force and now - self._pushed_s < self._spec.snapshot_interval_s):
+            return
+        self._dirty, self._pushed_s = False, now
+        result = UtilityResult(encode_snapshot(self._engine.snapshot(now)))
+        self._sockets.send(EngineCoreOutputs(utility_output=UtilityOutput(SNAPSHOT_CALL_ID, result=result)))
+
+
+def ready_response(instance: InstanceId, engine: SimEngineConfig) -> EngineCoreReadyResponse:
+    """An instance's first message."""
+    return EngineCoreReadyResponse(
+        max_model_len=engine.max_model_len,
+        num_gpu_blocks=engine.num_blocks,
+        block_size=engine.block_size,
+        dp_stats_address=None,
+        dtype="uint8",
+        vllm_version="sim",
+        world_size=1,
+        data_parallel_size=1,
+        tensor_parallel_size=1,
+        pipeline_parallel_size=1,
+        decode_context_parallel_size=1,
+        data_parallel_rank=instance,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        instance_id=f"sim-{instance}",
+        supports_lora=False,
+        max_loras=0,
+        kv_cache_size_tokens=engine.num_blocks * engine.block_size,
+        effective_attention_block_size=engine.block_size,
+    )
+
+
+def _on_wire(token: TokenOutput) -> EngineCoreOutput:
+    return EngineCoreOutput(
+        token.request_id, [token.token_id], finish_reason=token.finish_reason, stop_reason=token.stop_reason
+    )
+
+
+def main(payload: bytes) -> None:
+    """Entry of the process: serve until SIGTERM, which also comes when the parent dies."""
+    try:
+        spec = SimSpec.from_json(payload)
+    except ConfigError as error:
+        sys.exit(str(error))
+    sockets = Sockets(spec)
+    transport = SharedMemoryTransport(spec.shm_prefix)
+    try:
+        instance = SimInstance(spec, sockets, transport)
+        signal.signal(signal.SIGTERM, lambda *_: instance.stop())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        instance.run()
+    finally:
+        transport.close()
+        sockets.close()
+
+
+if __name__ == "__main__":
+    main(_PAYLOAD)

@@ -209,12 +209,12 @@ class SharedMemoryTransport:
 
 
 def sweep(prefix: str) -> list[str]:
-    """Unlink the segments of dead processes; returns their names.
+    """Unlink the segments of dead processes whose prefix starts with ``prefix``; returns their names.
 
     Call it where the owners' process ids mean something: not from another pid namespace.
     """
     removed = []
-    pattern = re.compile(rf"{re.escape(prefix)}-(\d+)-\d+")
+    pattern = re.compile(rf"{re.escape(prefix)}-(?:.*-)?(\d+)-\d+")
     for path in sorted(SHM.iterdir()):
         match = pattern.fullmatch(path.name)
         if match is not None and not _is_alive(int(match[1])):

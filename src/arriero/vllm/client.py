@@ -9,6 +9,9 @@ from arriero.core.types import Dispatchable
 from arriero.frontend.cluster import Cluster
 from arriero.vllm.compat import AsyncMPClient, BackgroundResources, EngineCoreRequest
 
+SHUTDOWN_GRACE_S = 15.0
+"""Until instances that do not end by themselves are killed; they need about 2 s on a quiet machine."""
+
 
 class ClusterClient(AsyncMPClient):
     """An ``EngineCoreClient`` that routes to several engines which come and go.
@@ -83,9 +86,6 @@ class ClusterClient(AsyncMPClient):
         if not self.resources.engine_dead:
             self.resources.engine_dead = True
             self.cluster.close(timeout if timeout else SHUTDOWN_GRACE_S)
-
-
-SHUTDOWN_GRACE_S = 5.0
 
 
 def facts_of(request: EngineCoreRequest) -> Dispatchable:

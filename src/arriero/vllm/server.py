@@ -20,7 +20,6 @@ import cloudpickle
 import msgspec
 import psutil
 import uvloop
-from vllm import envs
 from vllm.platforms import current_platform
 
 from arriero.core.errors import ConfigError, LaunchError
@@ -36,7 +35,7 @@ from arriero.observe.metrics import default_metrics
 from arriero.transport.shm import sweep
 from arriero.vllm import compat
 from arriero.vllm.arguments import ServeOptions, parse
-from arriero.vllm.client import ClusterClient
+from arriero.vllm.client import SHUTDOWN_GRACE_S, ClusterClient
 from arriero.vllm.codec import VllmCodec
 from arriero.vllm.compat import (
     AsyncEngineArgs,
@@ -53,6 +52,7 @@ from arriero.vllm.compat import (
     setup_server,
 )
 from arriero.vllm.engine import EngineSpec
+from vllm import envs
 
 SHM_PREFIX = "arriero"
 CPU_MEMORY_SHARE = 0.8
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
 # ---------------------------------------------------------------------- set-up
 
 
-def _engine_config(args: argparse.Namespace, options: ServeOptions) -> Any:
+def engine_config(args: argparse.Namespace, options: ServeOptions) -> Any:
     """vLLM's configuration of one instance. Raises ConfigError with vLLM's reason in one line."""
     if current_platform.is_cpu() and options.engine == "vllm":
         _share_memory(args, options.num_instances)
@@ -216,7 +216,7 @@ async def running_cluster(args: argparse.Namespace, options: ServeOptions, vllm_
             yield cluster
         finally:
             # In a thread: instances need up to seconds to end, and they say goodbye over the links.
-            await asyncio.shield(asyncio.to_thread(cluster.close, 5.0))
+            await asyncio.shield(asyncio.to_thread(cluster.close, SHUTDOWN_GRACE_S))
             cluster.close_sockets()
             sweep(SHM_PREFIX)
 
@@ -259,7 +259,7 @@ async def _serve(args: argparse.Namespace, options: ServeOptions) -> int:
 async def _serve_until_stopped(args: argparse.Namespace, options: ServeOptions) -> None:
     address, sock = _bind(args)
     with contextlib.closing(sock):
-        vllm_config = _engine_config(args, options)
+        vllm_config = engine_config(args, options)
         async with running_cluster(args, options, vllm_config) as cluster:
             llm = make_async_llm(vllm_config, cluster, args)
             try:

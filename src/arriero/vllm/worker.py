@@ -7,6 +7,7 @@ and through the first one every copy would wait for a step.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import warnings
 from typing import Any
@@ -58,6 +59,7 @@ class ArrieroWorkerExtension:
             return {"error": str(error)}
         self._arriero_slice_bytes = slice_bytes
         self._arriero_transport: BlockTransport = SharedMemoryTransport(f"{prefix}-r{self.rank}")
+        atexit.register(self._arriero_transport.close)
         # Staged bytes of a peer are mapped read-only; they are only read.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         threading.Thread(

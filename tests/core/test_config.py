@@ -1,0 +1,91 @@
+"""Configuration: checked once, at construction, with the value and what it must be in the message."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from arriero.core.config import CopyConfig, MigrationConfig, RebalancingConfig, SchedulerConfig
+from arriero.core.errors import ConfigError
+
+CONFIGS: tuple[type[Any], ...] = (MigrationConfig, CopyConfig, RebalancingConfig, SchedulerConfig)
+
+WRONG: list[tuple[type[Any], str, float]] = [
+    (MigrationConfig, "stop_blocks", -1),
+    (MigrationConfig, "max_stages", 0),
+    (MigrationConfig, "reserve_ahead_blocks", -1),
+    (MigrationConfig, "max_incoming", 0),
+    (MigrationConfig, "stage_timeout_s", 0.0),
+    (MigrationConfig, "timeout_s", -1.0),
+    (MigrationConfig, "retry_s", 0.0),
+    (MigrationConfig, "ready_poll_s", 0.0),
+    (MigrationConfig, "lease_s", math.nan),
+    (MigrationConfig, "lease_s", 20.0),
+    (MigrationConfig, "tombstone_s", 0.0),
+    (CopyConfig, "stage_bytes", 0),
+    (CopyConfig, "slice_bytes", 0),
+    (CopyConfig, "copy_share", 0.0),
+    (CopyConfig, "copy_share", 1.01),
+    (CopyConfig, "copy_share", math.nan),
+    (RebalancingConfig, "interval_s", 0.0),
+    (RebalancingConfig, "low_freeness", 10.5),
+    (RebalancingConfig, "low_freeness", math.nan),
+    (RebalancingConfig, "high_freeness", math.nan),
+    (RebalancingConfig, "min_gain", -0.1),
+    (RebalancingConfig, "min_gain", 1.0),
+    (RebalancingConfig, "cooldown_s", -1.0),
+    (RebalancingConfig, "max_migrations_per_instance", 0),
+    (SchedulerConfig, "snapshot_interval_s", -0.01),
+    (SchedulerConfig, "snapshot_interval_s", math.nan),
+]
+
+EDGES: list[tuple[type[Any], str, float]] = [
+    (MigrationConfig, "stop_blocks", 0),
+    (MigrationConfig, "max_stages", 1),
+    (MigrationConfig, "reserve_ahead_blocks", 0),
+    (MigrationConfig, "max_incoming", 1),
+    (MigrationConfig, "lease_s", 20.1),
+    (CopyConfig, "stage_bytes", 1),
+    (CopyConfig, "slice_bytes", 1),
+    (CopyConfig, "copy_share", 1.0),
+    (RebalancingConfig, "low_freeness", 10.0),
+    (RebalancingConfig, "min_gain", 0.0),
+    (RebalancingConfig, "cooldown_s", 0.0),
+    (RebalancingConfig, "max_migrations_per_instance", 1),
+    (SchedulerConfig, "snapshot_interval_s", 0.0),
+]
+
+
+@pytest.mark.parametrize(("config", "name", "value"), WRONG)
+def test_a_wrong_value_is_refused_with_its_name_and_the_value(config: type[Any], name: str, value: float) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(**{name: value})
+    message = str(caught.value)
+    assert repr(value) in message
+    assert "must be" in message
+    assert "\n" not in message
+    # Two thresholds are checked against each other: the message may start with either, and names both.
+    assert name in message
+
+
+@pytest.mark.parametrize(("config", "name", "value"), EDGES)
+def test_the_last_value_that_makes_sense_is_taken(config: type[Any], name: str, value: float) -> None:
+    assert getattr(config(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_option_has_a_default_and_the_defaults_are_valid(config: type[Any]) -> None:
+    assert config() == config()
+    assert all(f.default is not dataclasses.MISSING for f in dataclasses.fields(config))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_configurations_are_frozen_and_keyword_only(config: type[Any]) -> None:
+    first = dataclasses.fields(config)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config(), first, 1)
+    with pytest.raises(TypeError):
+        config(1)

@@ -1,0 +1,203 @@
+"""Dispatch rules: which instance takes a new request."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arriero.core.dispatch import (
+    DISPATCH_POLICIES,
+    DispatchPolicy,
+    DispatchView,
+    LeastOutstanding,
+    MaxFreeness,
+    RoundRobin,
+    make_dispatch_policy,
+)
+from arriero.core.errors import ConfigError
+from arriero.core.ledger import Ledger
+from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, Phase, RequestSnapshot
+
+BLOCK_SIZE = 16
+REQUEST = Dispatchable(request_id="new", num_prompt_tokens=100, max_tokens=10)
+
+Loads = Mapping[InstanceId, tuple[int, int]]
+"""For each instance: blocks that running requests hold, and requests that no snapshot shows yet."""
+
+loads = st.dictionaries(st.integers(0, 50), st.tuples(st.integers(0, 120), st.integers(0, 4)), min_size=1, max_size=8)
+
+
+def snapshot(instance: InstanceId, used_blocks: int = 0) -> InstanceSnapshot:
+    running = RequestSnapshot(request_id=f"old-{instance}", phase=Phase.RUNNING, num_blocks=used_blocks)
+    return InstanceSnapshot(
+        instance=instance, time_s=0.0, num_blocks=100, num_free_blocks=max(0, 100 - used_blocks),
+        block_size=BLOCK_SIZE, max_num_seqs=8, requests=(running,) if used_blocks else (),
+    )  # fmt: skip
+
+
+def send(ledger: Ledger, instance: InstanceId, num_requests: int = 1, num_prompt_tokens: int = 159) -> None:
+    for number in range(num_requests):
+        name = f"sent-{instance}-{number}-{num_prompt_tokens}"
+        ledger.sent(Dispatchable(request_id=name, num_prompt_tokens=num_prompt_tokens, max_tokens=1), instance)
+
+
+def view(load: Loads, candidates: Sequence[InstanceId] | None = None) -> DispatchView:
+    ledger = Ledger()
+    for instance, (_, unseen) in load.items():
+        send(ledger, instance, unseen)
+    snapshots = {i: snapshot(i, used) for i, (used, _) in load.items()}
+    return DispatchView(sorted(load) if candidates is None else candidates, snapshots, ledger)
+
+
+# ---------------------------------------------------------------------- what a policy sees
+
+
+def test_a_view_counts_requests_on_their_way_as_load() -> None:
+    assert view({0: (40, 0)}).freeness(0) == 60
+    assert view({0: (40, 2)}).freeness(0) == 60 - 2 * 10
+
+
+def test_an_instance_without_a_snapshot_has_no_room_to_show() -> None:
+    assert DispatchView([0], {}, Ledger()).freeness(0) == 0
+
+
+# ---------------------------------------------------------------------- laws of all policies
+
+
+@given(st.sampled_from(sorted(DISPATCH_POLICIES)), st.lists(loads, min_size=1, max_size=6))
+def test_every_policy_chooses_one_of_the_candidates_whatever_the_load(name: str, rounds: list[Loads]) -> None:
+    policy = make_dispatch_policy(name)
+    for load in rounds:
+        assert policy.choose(REQUEST, view(load)) in load
+
+
+@given(st.sampled_from(sorted(DISPATCH_POLICIES)), loads, st.data())
+def test_no_policy_looks_beyond_the_candidates(name: str, load: Loads, data: st.DataObject) -> None:
+    """Draining instances still have snapshots, and may be the emptiest of all."""
+    candidates = data.draw(st.lists(st.sampled_from(sorted(load)), min_size=1, unique=True).map(sorted))
+    assert make_dispatch_policy(name).choose(REQUEST, view(load, candidates)) in candidates
+
+
+@given(st.sampled_from(["freeness", "least_outstanding"]), st.data())
+def test_renaming_the_instances_renames_the_choice_unless_there_is_a_tie(name: str, data: st.DataObject) -> None:
+    def score(figures: tuple[int, int]) -> int:
+        used, unseen = figures
+        return used + 10 * unseen if name == "freeness" else unseen
+
+    figures = st.tuples(st.integers(0, 120), st.integers(0, 8))
+    load = data.draw(st.lists(figures, min_size=1, max_size=6, unique_by=score))
+    names = data.draw(st.permutations(range(len(load))))
+    policy = make_dispatch_policy(name)
+    before = policy.choose(REQUEST, view(dict(enumerate(load))))
+    after = policy.choose(REQUEST, view(dict(zip(names, load, strict=True))))
+    assert after == names[before]
+
+
+# ---------------------------------------------------------------------- one rule each
+
+
+@given(st.sets(st.integers(0, 50), min_size=1, max_size=8), st.integers(1, 4))
+def test_round_robin_gives_every_instance_its_turn_in_the_order_of_numbers(ids: set[int], rounds: int) -> None:
+    policy, load = RoundRobin(), {i: (0, 0) for i in ids}
+    chosen = [policy.choose(REQUEST, view(load)) for _ in range(rounds * len(ids))]
+    assert chosen == sorted(ids) * rounds
+
+
+def test_round_robin_goes_on_behind_an_instance_that_is_gone() -> None:
+    policy = RoundRobin()
+    load = {0: (0, 0), 1: (0, 0), 2: (0, 0)}
+    assert [policy.choose(REQUEST, view(load)) for _ in range(2)] == [0, 1]
+    assert policy.choose(REQUEST, view(load, [0, 2])) == 2
+    assert policy.choose(REQUEST, view(load, [0, 1])) == 0
+
+
+@given(loads)
+def test_least_outstanding_chooses_an_instance_that_nobody_undercuts(load: Loads) -> None:
+    seen = view(load)
+    chosen = LeastOutstanding().choose(REQUEST, seen)
+    best = min(seen.ledger.num_outstanding(i) for i in load)
+    assert chosen == min(i for i in load if seen.ledger.num_outstanding(i) == best)
+
+
+@given(loads)
+def test_freeness_chooses_an_instance_that_nobody_is_freer_than(load: Loads) -> None:
+    seen = view(load)
+    chosen = MaxFreeness().choose(REQUEST, seen)
+    assert seen.freeness(chosen) == max(seen.freeness(i) for i in load)
+
+
+def test_freeness_breaks_a_tie_by_fewer_requests_and_then_by_the_lower_number() -> None:
+    assert MaxFreeness().choose(REQUEST, view({3: (10, 0), 5: (10, 0)})) == 3
+    # 10 blocks in use, or 10 blocks on their way: equally free, but 5 has no request in its care.
+    assert MaxFreeness().choose(REQUEST, view({3: (0, 1), 5: (10, 0)})) == 5
+
+
+@given(st.integers(1, 5), st.integers(0, 40), st.integers(0, 200))
+def test_a_burst_between_two_snapshots_spreads_evenly(num_instances: int, num_requests: int, tokens: int) -> None:
+    """No instance gets two requests more than another, though no snapshot has shown a single one."""
+    ledger, policy = Ledger(), MaxFreeness()
+    seen = DispatchView(range(num_instances), {i: snapshot(i) for i in range(num_instances)}, ledger)
+    counts = Counter(dict.fromkeys(range(num_instances), 0))
+    for number in range(num_requests):
+        request = Dispatchable(request_id=f"r{number}", num_prompt_tokens=tokens, max_tokens=1)
+        chosen = policy.choose(request, seen)
+        ledger.sent(request, chosen)
+        counts[chosen] += 1
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
+# ---------------------------------------------------------------------- by name
+
+
+class LowestNumber:
+    """A user's own policy."""
+
+    def choose(self, request: Dispatchable, view: DispatchView) -> InstanceId:
+        return min(view.candidates)
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = ModuleType("my_policies")
+    module.LowestNumber = LowestNumber  # type: ignore[attr-defined]
+    module.NotAPolicy = object  # type: ignore[attr-defined]
+    module.NeedsArguments = DispatchView  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "my_policies", module)
+    return module
+
+
+@pytest.mark.parametrize("name", sorted(DISPATCH_POLICIES))
+def test_a_policy_is_made_by_its_name_and_does_not_share_state(name: str) -> None:
+    policy: DispatchPolicy = make_dispatch_policy(name)
+    assert type(policy) is DISPATCH_POLICIES[name]
+    assert policy is not make_dispatch_policy(name)
+
+
+def test_a_policy_of_the_user_is_made_by_its_dotted_path(plugin: ModuleType) -> None:
+    assert isinstance(make_dispatch_policy("my_policies.LowestNumber"), LowestNumber)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("fastest", "freeness, least_outstanding, round_robin"),
+        ("", "freeness, least_outstanding, round_robin"),
+        ("no_such_module.Policy", "no_such_module"),
+        ("my_policies.Missing", "Missing"),
+        ("my_policies.", "cannot be loaded"),
+        ("..Policy", "cannot be loaded"),
+        ("my_policies.NeedsArguments", "required positional argument"),
+        ("my_policies.NotAPolicy", "no method choose(request, view)"),
+    ],
+)
+def test_a_policy_that_cannot_be_made_is_refused_with_the_reason(plugin: ModuleType, name: str, why: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_dispatch_policy(name)
+    assert repr(name) in str(caught.value)
+    assert why in str(caught.value)

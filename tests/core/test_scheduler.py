@@ -1,0 +1,420 @@
+"""GlobalScheduler: events in, decisions out; its laws hold whatever happens in whatever order."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from arriero.core.config import RebalancingConfig, SchedulerConfig
+from arriero.core.errors import ConfigError, UnavailableError
+from arriero.core.rebalancing import Move
+from arriero.core.scheduler import GlobalScheduler
+from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, Phase, RequestId, RequestSnapshot
+
+REBALANCING = RebalancingConfig(low_freeness=10, high_freeness=20, cooldown_s=5, max_migrations_per_instance=1)
+
+
+def facts(request_id: RequestId = "r", num_prompt_tokens: int = 15) -> Dispatchable:
+    return Dispatchable(request_id=request_id, num_prompt_tokens=num_prompt_tokens, max_tokens=10)
+
+
+def running(request_id: RequestId, blocks: int) -> RequestSnapshot:
+    return RequestSnapshot(request_id=request_id, phase=Phase.RUNNING, num_blocks=blocks, num_tokens=16 * blocks)
+
+
+def snapshot(instance: InstanceId, *requests: RequestSnapshot, num_blocks: int = 100) -> InstanceSnapshot:
+    free = num_blocks - sum(r.num_blocks for r in requests)
+    return InstanceSnapshot(
+        instance=instance, time_s=0.0, num_blocks=num_blocks, num_free_blocks=free, block_size=16, max_num_seqs=8,
+        requests=requests,
+    )  # fmt: skip
+
+
+def scheduler(
+    *instances: InstanceId, rebalancing: RebalancingConfig | None = REBALANCING, dispatch_policy: str = "freeness"
+) -> GlobalScheduler:
+    made = GlobalScheduler(SchedulerConfig(dispatch_policy=dispatch_policy, rebalancing=rebalancing))
+    for instance in instances:
+        made.instance_joined(instance)
+    return made
+
+
+def unbalanced() -> GlobalScheduler:
+    """Instance 0 is full with requests of 20 blocks, a to e; instance 1 is empty."""
+    made = scheduler(0, 1)
+    for name in "abcde":
+        made.ledger.sent(facts(name), 0)
+    made.snapshot(snapshot(0, *[running(name, 20) for name in "abcde"]))
+    made.snapshot(snapshot(1))
+    return made
+
+
+def requests_of(moves: Sequence[Move]) -> list[RequestId]:
+    return [m.request_id for m in moves]
+
+
+# ---------------------------------------------------------------------- dispatch
+
+
+def test_a_request_goes_to_the_freest_instance_and_counts_there_at_once() -> None:
+    cluster = scheduler(0, 1)
+    cluster.snapshot(snapshot(0, running("old", 1)))
+    cluster.snapshot(snapshot(1))
+    assert cluster.dispatch(facts("a")) == 1
+    # Now both have 99 blocks left, but 0 has no request of ours in its care.
+    assert cluster.freeness(0) == cluster.freeness(1) == 99
+    assert cluster.dispatch(facts("b")) == 0
+
+
+def test_nothing_can_be_dispatched_before_an_instance_has_joined() -> None:
+    with pytest.raises(UnavailableError):
+        scheduler().dispatch(facts())
+
+
+def test_nothing_is_dispatched_to_a_draining_or_dead_instance_however_empty_it_is() -> None:
+    cluster = scheduler(0, 1, 2)
+    cluster.snapshot(snapshot(0, running("old", 90)))
+    cluster.instance_draining(1)
+    cluster.instance_lost(2)
+    assert {cluster.dispatch(facts(f"r{n}")) for n in range(20)} == {0}
+    cluster.instance_lost(0)
+    with pytest.raises(UnavailableError):
+        cluster.dispatch(facts("last"))
+
+
+def test_an_unknown_policy_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError):
+        scheduler(dispatch_policy="fastest")
+
+
+def test_a_request_that_could_not_be_placed_or_has_ended_counts_nowhere() -> None:
+    cluster = scheduler(0)
+    cluster.snapshot(snapshot(0))
+    cluster.dispatch(facts("a"))
+    cluster.request_ended("a")
+    cluster.request_ended("a")
+    assert cluster.freeness(0) == 100
+
+
+# ---------------------------------------------------------------------- snapshots
+
+
+def test_a_snapshot_that_shows_a_request_takes_the_place_of_the_estimate() -> None:
+    cluster = scheduler(0)
+    cluster.snapshot(snapshot(0))
+    cluster.dispatch(facts("a", num_prompt_tokens=10 * 16 - 1))
+    assert cluster.freeness(0) == 90
+    cluster.snapshot(snapshot(0, running("a", 4)))
+    assert cluster.freeness(0) == 96
+
+
+def test_an_instance_without_a_snapshot_has_no_freeness_to_show() -> None:
+    cluster = scheduler(0)
+    assert cluster.freeness(0) == 0
+    assert cluster.snapshot_of(0) is None
+
+
+def test_the_late_snapshot_of_an_instance_that_left_is_ignored() -> None:
+    cluster = scheduler(0)
+    cluster.instance_lost(0)
+    cluster.snapshot(snapshot(0))
+    assert cluster.snapshot_of(0) is None
+    assert cluster.rebalance(0.0) == []
+
+
+def test_a_draining_instance_has_no_freeness_at_all() -> None:
+    cluster = scheduler(0)
+    cluster.snapshot(snapshot(0))
+    cluster.instance_draining(0)
+    assert cluster.freeness(0) == -math.inf
+
+
+# ---------------------------------------------------------------------- rebalancing
+
+
+def test_the_fuller_instance_gives_a_request_to_the_emptier_one_and_says_why() -> None:
+    (move,) = unbalanced().rebalance(0.0)
+    assert (move.request_id, move.source, move.destination) == ("a", 0, 1)
+    assert (move.source_freeness, move.destination_freeness) == (0, 100)
+
+
+def test_without_a_configuration_nothing_moves() -> None:
+    cluster = scheduler(0, 1, rebalancing=None)
+    cluster.snapshot(snapshot(0, *[running(name, 20) for name in "abcde"]))
+    cluster.snapshot(snapshot(1))
+    assert cluster.rebalance(0.0) == []
+
+
+def test_a_pair_of_instances_without_a_request_that_may_move_is_left_alone() -> None:
+    cluster = scheduler(0, 1)
+    cluster.snapshot(snapshot(0, running("too big", 99)))
+    cluster.snapshot(snapshot(1, num_blocks=50))
+    assert cluster.rebalance(0.0) == []
+
+
+def test_an_instance_takes_part_in_no_more_moves_than_the_limit_on_either_side() -> None:
+    for ends in ((0, 7), (7, 0), (1, 7), (7, 1)):
+        cluster = unbalanced()
+        cluster.migration_started("a", *ends)
+        assert cluster.rebalance(0.0) == []
+        cluster.migration_ended("a", ok=False, now=0.0)
+        assert requests_of(cluster.rebalance(0.0)) == ["b"]
+
+
+def test_up_to_the_limit_another_request_may_move_meanwhile() -> None:
+    cluster = unbalanced()
+    cluster.config = replace(cluster.config, rebalancing=replace(REBALANCING, max_migrations_per_instance=2))
+    cluster.migration_started("a", 0, 1)
+    assert requests_of(cluster.rebalance(0.0)) == ["b"], "a is moving already"
+
+
+def test_a_request_that_could_not_move_rests_before_it_is_tried_again() -> None:
+    cluster = unbalanced()
+    cluster.migration_started("a", 0, 1)
+    cluster.migration_ended("a", ok=False, now=100.0)
+    assert requests_of(cluster.rebalance(104.9)) == ["b"]
+    assert requests_of(cluster.rebalance(105.0)) == ["a"]
+
+
+def test_a_request_that_moved_counts_at_its_destination_and_rests_there() -> None:
+    cluster = unbalanced()
+    cluster.migration_started("a", 0, 1)
+    cluster.migration_ended("a", ok=True, now=100.0)
+    assert [cluster.ledger.num_outstanding(i) for i in (0, 1)] == [4, 1]
+    cluster.snapshot(snapshot(0))
+    cluster.snapshot(snapshot(1, running("a", 45), running("new", 50)))
+    assert requests_of(cluster.rebalance(104.9)) == ["new"]
+    assert requests_of(cluster.rebalance(105.0)) == ["a"]
+
+
+def test_a_request_that_ended_while_it_moved_leaves_nothing_behind() -> None:
+    cluster = unbalanced()
+    cluster.migration_started("a", 0, 1)
+    cluster.request_ended("a")
+    cluster.migration_ended("a", ok=True, now=0.0)
+    assert not cluster.ledger.knows("a")
+    assert cluster.ledger.num_outstanding(1) == 0
+    assert "'a'" not in repr({k: v for k, v in vars(cluster).items() if k != "_snapshots"})
+
+
+def test_a_draining_instance_gives_everything_away_however_empty_it_is() -> None:
+    cluster = scheduler(0, 1)
+    cluster.snapshot(snapshot(0, running("last", 2)))
+    cluster.snapshot(snapshot(1, running("busy", 30)))
+    assert cluster.rebalance(0.0) == []
+    cluster.instance_draining(0)
+    assert requests_of(cluster.rebalance(0.0)) == ["last"]
+
+
+def test_nothing_moves_to_a_draining_instance() -> None:
+    cluster = unbalanced()
+    cluster.instance_draining(1)
+    assert cluster.rebalance(0.0) == []
+
+
+# ---------------------------------------------------------------------- laws of whole rounds
+
+sizes = st.lists(st.integers(1, 30), max_size=6)
+fleets = st.lists(st.tuples(sizes, st.integers(0, 100)), min_size=2, max_size=6)
+
+
+def fleet(loads: Sequence[tuple[Sequence[int], int]], names: Sequence[int]) -> list[InstanceSnapshot]:
+    """For each instance the blocks of its running requests, and its free blocks."""
+    return [
+        snapshot(name, *[running(f"{n}-{k}", b) for k, b in enumerate(blocks)], num_blocks=sum(blocks) + free)
+        for n, (name, (blocks, free)) in enumerate(zip(names, loads, strict=True))
+    ]
+
+
+def watching(snapshots: Sequence[InstanceSnapshot]) -> GlobalScheduler:
+    made = scheduler(*[s.instance for s in snapshots], rebalancing=replace(REBALANCING, cooldown_s=0))
+    for s in snapshots:
+        made.snapshot(s)
+    return made
+
+
+def carry_out(snapshots: Sequence[InstanceSnapshot], moves: Sequence[Move]) -> list[InstanceSnapshot]:
+    """The same load after the moves: nothing arrives, ends or grows."""
+    requests = {s.instance: list(s.requests) for s in snapshots}
+    for move in moves:
+        (moved,) = [r for r in requests[move.source] if r.request_id == move.request_id]
+        requests[move.source].remove(moved)
+        requests[move.destination].append(moved)
+    return [snapshot(s.instance, *requests[s.instance], num_blocks=s.num_blocks) for s in snapshots]
+
+
+def spread(snapshots: Sequence[InstanceSnapshot]) -> int:
+    """Sum of squares of free blocks: for a given total, the lower the more even."""
+    return sum(s.num_free_blocks**2 for s in snapshots)
+
+
+@given(fleets)
+def test_a_steady_load_comes_to_rest_and_every_round_makes_it_more_even(
+    loads: list[tuple[list[int], int]],
+) -> None:
+    """No ping-pong, not even with no rest between two moves: whole numbers cannot fall for ever."""
+    snapshots = fleet(loads, range(len(loads)))
+    while moves := watching(snapshots).rebalance(0.0):
+        after = carry_out(snapshots, moves)
+        assert spread(after) < spread(snapshots)
+        snapshots = after
+
+
+@given(fleets, st.data())
+def test_renaming_the_instances_changes_no_decision_but_ties(
+    loads: list[tuple[list[int], int]], data: st.DataObject
+) -> None:
+    names = data.draw(st.permutations(range(len(loads))))
+    before, after = (watching(fleet(loads, order)) for order in (range(len(loads)), names))
+    assume(len({before.freeness(n) for n in range(len(loads))}) == len(loads))
+    assert names[before.dispatch(facts())] == after.dispatch(facts())
+    renamed = [(m.request_id, names[m.source], names[m.destination]) for m in before.rebalance(0.0)]
+    assert [(m.request_id, m.source, m.destination) for m in after.rebalance(0.0)] == renamed
+
+
+class AnyHistory(RuleBasedStateMachine):
+    """Instances come, fill, drain and die while requests run and move: the laws of every single decision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = replace(REBALANCING, low_freeness=30, max_migrations_per_instance=2, high_freeness=30)
+        self.cluster = scheduler(rebalancing=self.config)
+        self.ready: set[InstanceId] = set()
+        self.draining: set[InstanceId] = set()
+        self.where: dict[RequestId, InstanceId] = {}
+        self.blocks: dict[RequestId, int] = {}
+        self.moving: dict[RequestId, tuple[InstanceId, InstanceId]] = {}
+        self.rested_s: dict[RequestId, float] = {}
+        self.now = 0.0
+        self.num_instances = self.num_requests = 0
+
+    @initialize(num_instances=st.integers(1, 4))
+    def start(self, num_instances: int) -> None:
+        for _ in range(num_instances):
+            self.join()
+
+    @rule()
+    def join(self) -> None:
+        self.cluster.instance_joined(self.num_instances)
+        self.ready.add(self.num_instances)
+        self.num_instances += 1
+        self.push(self.num_instances - 1)
+
+    @precondition(lambda self: self.ready)
+    @rule(data=st.data())
+    def drain(self, data: st.DataObject) -> None:
+        instance = data.draw(st.sampled_from(sorted(self.ready)))
+        self.cluster.instance_draining(instance)
+        self.ready.remove(instance)
+        self.draining.add(instance)
+
+    @precondition(lambda self: self.ready or self.draining)
+    @rule(data=st.data())
+    def die(self, data: st.DataObject) -> None:
+        """What it ran is lost, as far as the scheduler is concerned; open moves fail."""
+        instance = data.draw(st.sampled_from(sorted(self.ready | self.draining)))
+        self.cluster.instance_lost(instance)
+        self.ready.discard(instance)
+        self.draining.discard(instance)
+        for request in [r for r, ends in self.moving.items() if instance in ends]:
+            self.end_move(request, ok=False)
+        for request in [r for r, i in self.where.items() if i == instance]:
+            self.end(request)
+
+    @rule(blocks=st.integers(1, 40))
+    def dispatch(self, blocks: int) -> None:
+        self.num_requests += 1
+        request = facts(f"r{self.num_requests}", 16 * blocks - 1)
+        if not self.ready:
+            with pytest.raises(UnavailableError):
+                self.cluster.dispatch(request)
+            return
+        free = {i: self.cluster.freeness(i) for i in self.ready}
+        chosen = self.cluster.dispatch(request)
+        assert chosen in self.ready, "never to a draining or dead instance"
+        assert free[chosen] == max(free.values())
+        self.where[request.request_id], self.blocks[request.request_id] = chosen, blocks
+
+    @precondition(lambda self: self.where)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        self.end(data.draw(st.sampled_from(sorted(self.where))))
+
+    def end(self, request: RequestId) -> None:
+        self.cluster.request_ended(request)
+        del self.where[request], self.blocks[request]
+        self.rested_s.pop(request, None)
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 5.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule()
+    def push_all(self) -> None:
+        for instance in self.ready | self.draining:
+            self.push(instance)
+
+    def push(self, instance: InstanceId) -> None:
+        held = [running(r, self.blocks[r]) for r, i in self.where.items() if i == instance]
+        total = sum(r.num_blocks for r in held)
+        self.cluster.snapshot(snapshot(instance, *held, num_blocks=max(100, total)))
+
+    @rule()
+    def rebalance(self) -> None:
+        moves = self.cluster.rebalance(self.now)
+        ends = [i for m in moves for i in (m.source, m.destination)]
+        assert len(ends) == len(set(ends)), "no instance is both source and destination in one round"
+        busy = Counter(i for pair in self.moving.values() for i in pair)
+        for move in moves:
+            assert move.source in self.ready | self.draining
+            assert move.destination in self.ready
+            assert busy[move.source] < self.config.max_migrations_per_instance
+            assert busy[move.destination] < self.config.max_migrations_per_instance
+            assert move.request_id not in self.moving
+            assert self.now - self.rested_s.get(move.request_id, -math.inf) >= self.config.cooldown_s
+            if self.where.get(move.request_id) == move.source:  # it has not ended since the snapshot
+                self.cluster.migration_started(move.request_id, move.source, move.destination)
+                self.moving[move.request_id] = (move.source, move.destination)
+
+    @precondition(lambda self: self.moving)
+    @rule(data=st.data(), ok=st.booleans())
+    def migration_ends(self, data: st.DataObject, ok: bool) -> None:
+        self.end_move(data.draw(st.sampled_from(sorted(self.moving))), ok=ok)
+
+    def end_move(self, request: RequestId, *, ok: bool) -> None:
+        _, destination = self.moving.pop(request)
+        self.cluster.migration_ended(request, ok=ok, now=self.now)
+        if request in self.where:
+            # An instance's death takes its requests out of the ledger before the moves of them have failed.
+            if self.cluster.ledger.knows(request):
+                self.rested_s[request] = self.now
+            if ok:
+                self.where[request] = destination
+
+    @invariant()
+    def every_request_is_in_the_care_of_the_instance_where_it_is(self) -> None:
+        there = Counter(self.where.values())
+        for instance in range(self.num_instances):
+            assert self.cluster.ledger.num_outstanding(instance) == there[instance]
+
+    def teardown(self) -> None:
+        """Once everything has ended, the scheduler remembers no request and no instance."""
+        for request in list(self.moving):
+            self.end_move(request, ok=False)
+        for request in list(self.where):
+            self.end(request)
+        for instance in self.ready | self.draining:
+            self.cluster.instance_lost(instance)
+        kept = {k: v for k, v in vars(self.cluster).items() if k not in ("config", "ledger", "_policy")}
+        assert not any(kept.values()), kept
+        assert not any(vars(self.cluster.ledger).values())
+
+
+TestAnyHistory = AnyHistory.TestCase

@@ -1,0 +1,44 @@
+"""The vocabulary: values that count what they hold, and never change."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arriero.core.types import Dispatchable, InstanceSnapshot, InstanceState, MigrationMode, Phase, RequestSnapshot
+
+SNAPSHOT = InstanceSnapshot(
+    instance=1, time_s=0.0, num_blocks=10, num_free_blocks=10, block_size=16, max_num_seqs=4, requests=()
+)
+
+
+@given(st.lists(st.sampled_from(Phase)))
+def test_a_snapshot_counts_running_and_waiting_requests_and_no_others(phases: list[Phase]) -> None:
+    requests = tuple(RequestSnapshot(request_id=f"r{n}", phase=phase) for n, phase in enumerate(phases))
+    snapshot = dataclasses.replace(SNAPSHOT, requests=requests)
+    assert snapshot.num_running == phases.count(Phase.RUNNING)
+    assert snapshot.num_waiting == phases.count(Phase.WAITING)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        SNAPSHOT,
+        RequestSnapshot(request_id="r", phase=Phase.WAITING),
+        Dispatchable(request_id="r", num_prompt_tokens=1, max_tokens=1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_values_cannot_be_changed(value: Any) -> None:
+    for field in dataclasses.fields(value):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, field.name, getattr(value, field.name))
+
+
+def test_states_phases_and_modes_are_their_own_names_on_the_wire_and_in_urls() -> None:
+    for member in (*InstanceState, *Phase, *MigrationMode):
+        assert str(member) == member.value == member.name.lower()
