@@ -36,13 +36,16 @@ PURE = frozenset(
 ALLOWED_IN_CORE = {"arriero.core.dispatch": {"importlib"}}  # a user's policy by its dotted path
 IO_BUILTINS = {"open", "print", "input", "exec", "eval", "__import__"}
 
-HEAVY = {
-    "vllm": "arriero.vllm",
-    "torch": "arriero.vllm",
-    "safetensors.torch": "arriero.vllm",
-    "ray": "arriero.launch.ray",
+HEAVY: dict[str, tuple[str, ...]] = {
+    "vllm": ("arriero.vllm",),
+    "torch": ("arriero.vllm",),
+    "safetensors.torch": ("arriero.vllm",),
+    "ray": ("arriero.launch.ray",),
 }
-"""Third-party modules that only one part of the package may import."""
+"""Third-party modules that only some parts of the package may import."""
+
+CONVERTER = "arriero.model.bundled"
+"""Writes bf16 weights, which numpy cannot: inside the one function that does it, and for nothing else, torch."""
 
 PUBLIC_VLLM = {"vllm.platforms", "vllm.envs"}
 COMPAT = "arriero.vllm.compat"
@@ -59,6 +62,7 @@ class Import:
     module: str
     name: str | None
     line: int
+    in_function: bool = False
 
     @property
     def dotted(self) -> str:
@@ -87,32 +91,35 @@ def sources_of(root: Path) -> dict[str, str]:
 def imports_of(module: str, source: str, *, is_package: bool) -> Iterator[Import]:
     """Every import in ``source`` that can run, at whatever depth."""
     package = module if is_package else module.rpartition(".")[0]
-    for node in _that_run(ast.parse(source)):
+    for node, deep in _that_run(ast.parse(source)):
         match node:
             case ast.Import(names=names):
                 for alias in names:
-                    yield Import(module, alias.name, None, node.lineno)
+                    yield Import(module, alias.name, None, node.lineno, deep)
             case ast.ImportFrom(module=base, names=names, level=level):
                 if level:
                     parent = package.split(".")[: len(package.split(".")) - level + 1]
                     base = ".".join(parent + ([base] if base else []))
                 for alias in names:
-                    yield Import(module, base or "", alias.name, node.lineno)
+                    yield Import(module, base or "", alias.name, node.lineno, deep)
             case ast.Call(func=func, args=[ast.Constant(value=str(name)), *_]):
                 if ast.unparse(func) in {"importlib.import_module", "import_module", "__import__"}:
-                    yield Import(module, name, None, node.lineno)
+                    yield Import(module, name, None, node.lineno, deep)
 
 
-def _that_run(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes below ``node``, except the bodies of ``if TYPE_CHECKING``."""
+def _that_run(node: ast.AST, in_function: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+    """All nodes below ``node``, and whether inside a function; without the bodies of ``if TYPE_CHECKING``."""
+    deep = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    children: list[ast.AST] = []
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and ast.unparse(child.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}:
-            for other in child.orelse:
-                yield other
-                yield from _that_run(other)
-        else:
-            yield child
-            yield from _that_run(child)
+        is_for_types = isinstance(child, ast.If) and ast.unparse(child.test) in {
+            "TYPE_CHECKING",
+            "typing.TYPE_CHECKING",
+        }
+        children += child.orelse if is_for_types else [child]  # type: ignore[attr-defined]
+    for child in children:
+        yield child, deep
+        yield from _that_run(child, deep)
 
 
 def all_imports(sources: Sources) -> list[Import]:
@@ -159,10 +166,12 @@ def core_is_pure(sources: Sources) -> list[str]:
 def heavy_modules_stay_in_their_part(sources: Sources) -> list[str]:
     """vLLM and torch under arriero.vllm only, ray in its launcher only."""
     return [
-        f"{found}: only {part} may"
+        f"{found}: only {' and '.join(parts)} may"
         for found in all_imports(sources)
-        for heavy, part in HEAVY.items()
-        if within(found.dotted, heavy) and not within(found.importer, part)
+        for heavy, parts in HEAVY.items()
+        if within(found.dotted, heavy)
+        and not any(within(found.importer, part) for part in parts)
+        and not (found.importer == CONVERTER and found.in_function and heavy in ("torch", "safetensors.torch"))
     ]
 
 
@@ -281,6 +290,14 @@ BAD = {
         "heavy_modules_stay_in_their_part",
         {"arriero.sim.engine": "from safetensors.torch import save_file"},
     ),
+    "torch as the converter is imported": (
+        "heavy_modules_stay_in_their_part",
+        {"arriero.model.bundled": "import torch"},
+    ),
+    "vLLM in the converter": (
+        "heavy_modules_stay_in_their_part",
+        {"arriero.model.bundled": "def f():\n    from vllm import envs"},
+    ),
     "ray": ("heavy_modules_stay_in_their_part", {"arriero.launch.port": "import ray"}),
     "vLLM's private modules": (
         "only_compat_names_private_vllm",
@@ -334,6 +351,7 @@ GOOD: Sources = {
     "arriero.vllm.engine": "import torch\nfrom vllm import envs\nfrom vllm.platforms import current_platform\n"
     "from arriero.vllm import compat\nfrom arriero.vllm.compat import Request",
     "arriero.vllm.server": "from . import engine",
+    "arriero.model.bundled": "def f():\n    import torch",
     "arriero.cli": "from arriero import __version__\ndef f():\n    from arriero.vllm.server import main",
 }
 

@@ -398,6 +398,8 @@ class Cluster:
     def _on_output(self, sender: int, output: Output) -> None:
         stream = self.streams[output.request_id]
         if not stream.is_open:
+            if stream.gone and output.finished:
+                self.counts["ran to its end for nobody"] += 1
             return
         if sender != stream.route:
             self.counts["stray output"] += 1

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import pytest
 from cluster_model import FRONT_END, Cluster, Stream
 from fake_engine import Spec
-from hypothesis import event
+from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -35,7 +35,8 @@ NUM_CHAOS = 5
 NATURAL = (*["progress"] * 4, *["deliver"] * 4, "step", "finish_copy", *["migrate"] * 3)
 DISTURBING = ("client_gone", "preempt", "crash", *["lose_answer", "repeat", "jump", "fail"] * 2)
 
-NUM_WALKS = 20_000 if os.environ.get("ARRIERO_HYPOTHESIS") == "long" else 600
+LONG = os.environ.get("ARRIERO_HYPOTHESIS") == "long"
+NUM_WALKS = 20_000 if LONG else 1000
 
 TOTALS: Counter[str] = Counter()  # over all examples of the state machine
 
@@ -130,45 +131,6 @@ class Chaos:
         return [s for s in self.cluster.streams.values() if s.is_open]
 
 
-NUMBERS = st.integers(0, 1000)
-
-
-class MigrationMachine(RuleBasedStateMachine):
-    @initialize(shape=st.integers(0, 17), numbers=st.lists(NUMBERS, min_size=1, max_size=4))
-    def begin(self, shape: int, numbers: list[int]) -> None:
-        self.chaos = Chaos(shape)
-        for n in numbers:
-            self.chaos.submit(n)
-
-    @precondition(lambda self: len(self.chaos.cluster.streams) < 8)
-    @rule(n=NUMBERS)
-    def submit(self, n: int) -> None:
-        self.chaos.submit(n)
-
-    @rule(what=st.sampled_from(NATURAL), n=NUMBERS)
-    def live(self, what: str, n: int) -> None:
-        getattr(self.chaos, what)(n)
-
-    @precondition(lambda self: self.chaos.budget > 0)
-    @rule(what=st.sampled_from(DISTURBING), n=NUMBERS)
-    def disturb(self, what: str, n: int) -> None:
-        getattr(self.chaos, what)(n)
-
-    @invariant()
-    def laws(self) -> None:
-        if hasattr(self, "chaos"):
-            self.chaos.cluster.check()
-
-    def teardown(self) -> None:
-        if hasattr(self, "chaos"):
-            self.chaos.cluster.quiesce()
-            counts = self.chaos.cluster.counts
-            event(f"commits: {min(3, sum(v for k, v in counts.items() if k.endswith(' committed')))}")
-            TOTALS.update(counts)
-
-
-TestMigrationMachine = MigrationMachine.TestCase
-
 WEIGHTS: dict[str, int] = {
     "submit": 3, "progress": 18, "deliver": 30, "step": 12, "finish_copy": 8, "migrate": 14,
     "client_gone": 1, "preempt": 1, "crash": 1, "lose_answer": 3, "repeat": 3, "jump": 2, "fail": 3,
@@ -219,6 +181,48 @@ def test_walk_keeps_every_law_and_reaches_every_outcome() -> None:
 def test_walk_is_deterministic() -> None:
     """The same seed tells the same story."""
     assert walk(11, 100).sent == walk(11, 100).sent
+
+
+NUMBERS = st.integers(0, 1000)
+
+
+class MigrationMachine(RuleBasedStateMachine):
+    @initialize(shape=st.integers(0, 17), numbers=st.lists(NUMBERS, min_size=1, max_size=4))
+    def begin(self, shape: int, numbers: list[int]) -> None:
+        self.chaos = Chaos(shape)
+        for n in numbers:
+            self.chaos.submit(n)
+
+    @precondition(lambda self: len(self.chaos.cluster.streams) < 8)
+    @rule(n=NUMBERS)
+    def submit(self, n: int) -> None:
+        self.chaos.submit(n)
+
+    @rule(what=st.sampled_from(NATURAL), n=NUMBERS)
+    def live(self, what: str, n: int) -> None:
+        getattr(self.chaos, what)(n)
+
+    @precondition(lambda self: self.chaos.budget > 0)
+    @rule(what=st.sampled_from(DISTURBING), n=NUMBERS)
+    def disturb(self, what: str, n: int) -> None:
+        getattr(self.chaos, what)(n)
+
+    @invariant()
+    def laws(self) -> None:
+        if hasattr(self, "chaos"):
+            self.chaos.cluster.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "chaos"):
+            self.chaos.cluster.quiesce()
+            counts = self.chaos.cluster.counts
+            event(f"commits: {min(3, sum(v for k, v in counts.items() if k.endswith(' committed')))}")
+            TOTALS.update(counts)
+
+
+TestMigrationMachine = MigrationMachine.TestCase
+if not LONG:
+    TestMigrationMachine.settings = settings(max_examples=200, stateful_step_count=60)
 
 
 def test_state_machine_reached_commits_and_aborts() -> None:

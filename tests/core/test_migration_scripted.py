@@ -224,7 +224,8 @@ def test_client_abort_leaves_nothing_behind(mode: MigrationMode, op: Op, heard: 
     reach(cluster, op, heard)
     cluster.client_gone(stream)
     cluster.quiesce()
-    assert len(stream.log) < SPEC.num_outputs
+    assert len(stream.log) < SPEC.num_outputs, "it was in the middle of its output"
+    assert not cluster.counts["ran to its end for nobody"]
     end = cluster.ends[migration.migration_id]
     assert end.reason == ("" if op is Op.RELEASE else "client gone")
 
@@ -462,6 +463,7 @@ def test_client_aborts_then_the_destination_dies_unanswered() -> None:
     cluster.quiesce()
     assert sent(cluster, Op.RESUME) == []
     assert sent(cluster, Op.RELEASE) == [SOURCE]
+    assert not cluster.counts["ran to its end for nobody"]
 
 
 def test_commit_refused_after_the_source_died_is_replayed() -> None:

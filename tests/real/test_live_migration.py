@@ -18,8 +18,9 @@ LIVE, STOP, RECOMPUTE = MigrationMode.LIVE, MigrationMode.STOP_AND_COPY, Migrati
 
 
 def sampling(**changes: Any) -> Any:
-    from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
+
+    from vllm import SamplingParams
 
     base = {"max_tokens": 110, "temperature": 0.0, "ignore_eos": True, "output_kind": RequestOutputKind.DELTA}
     return SamplingParams(**{**base, **changes})
@@ -137,7 +138,8 @@ async def test_a_prompt_that_is_being_prefilled_can_move(engines: Engines) -> No
     request_id = engines.internal_id("prefilling")
     assert request_id is not None
     request = engines.cluster.requests.get(request_id)
-    assert request is not None and not request.tokens
+    assert request is not None
+    assert not request.tokens
     report = await engines.cluster.migrate(request_id, 1)
     moved = await task
     assert report.ok, report.reason

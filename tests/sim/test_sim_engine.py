@@ -15,9 +15,11 @@ from arriero.core.llumlet import Llumlet
 from arriero.core.messages import Answer
 from arriero.core.migration import Abort, Command, End, Migration, Park, Replay, Route, Send
 from arriero.core.types import MigrationMode, Phase
+from arriero.sim.batch import Batch
+from arriero.sim.blocks import BlockPool
 from arriero.sim.config import SimEngineConfig
 from arriero.sim.engine import SimEngine
-from arriero.sim.sequence import FinishReason, Job, TokenOutput
+from arriero.sim.sequence import FinishReason, Job, Sequence, TokenOutput
 from arriero.sim.step_time import LLAMA_7B_A10, StepTimeModel
 from arriero.sim.tokens import expected_tokens
 
@@ -171,6 +173,31 @@ def test_a_victim_that_was_scheduled_gives_its_tokens_back() -> None:
     assert status is not None
     assert (status.phase, status.num_output_tokens, status.epoch) == (Phase.WAITING, 2, 1)
     assert run(engine) == {"loser": reference(loser)[2:], "winner": reference(winner)[2:]}
+
+
+def running(batch: Batch, pool: BlockPool, *sequences: Sequence) -> None:
+    """Put sequences into the batch that have computed all but their last token."""
+    for sequence in sequences:
+        sequence.num_computed = sequence.num_tokens - 1
+        pool.allocate(sequence.request_id, sequence.num_computed)
+        batch.run(sequence)
+
+
+@pytest.mark.parametrize("budget", [2, 100])
+def test_a_victims_tokens_go_to_those_after_it_and_nobody_is_admitted_in_its_stead(budget: int) -> None:
+    config = SimEngineConfig(num_blocks=5, block_size=4, max_num_batched_tokens=budget, priority_scheduling=True)
+    pool = BlockPool(5, 4, 64)
+    batch = Batch(config, pool)
+    # Each of the first two fills its two blocks; one block is free.
+    loser, winner = Sequence(job("loser", 8, priority=9)), Sequence(job("winner", 9, priority=0))
+    other = Sequence(job("other", 2, priority=1))
+    running(batch, pool, loser, winner, other)
+    batch.enqueue(Sequence(job("small", 1, priority=-5)))
+    assert pool.num_free == 0
+    chunks = batch.plan(0)
+    assert [(c.sequence.request_id, c.num_tokens) for c in chunks] == [("winner", 1), ("other", 1)]
+    assert [s.request_id for s in batch.waiting] == ["small", "loser"]
+    assert [c.sequence.request_id for c in batch.plan(0)] == ["winner", "other", "small"][:budget]
 
 
 # ---------------------------------------------------------------------- ends
@@ -424,6 +451,29 @@ def test_reservations_are_refused_with_the_reason() -> None:
     engine.discard("c")
     engine.check_integrity()
     assert engine.held.describe()["parked"] == []
+
+
+def test_what_ran_before_and_comes_without_kv_goes_to_the_front_of_the_queue() -> None:
+    engine = make(max_num_seqs=1)
+    engine.add(job("running"))
+    step(engine)
+    engine.add(job("waiting"))
+    for name in ("ran", "fresh"):
+        engine.park(job(name))
+        engine.reserve(name, 0)
+    engine.extend("ran", (1, 2))
+    engine.admit("fresh", 0, None)
+    engine.admit("ran", 0, None)
+    assert [r.request_id for r in engine.snapshot(0.0).requests] == ["running", "ran", "waiting", "fresh"]
+
+
+def test_blocks_that_a_recomputed_request_reserved_are_freed() -> None:
+    engine = make()
+    reserved(engine, job("a"), 12)
+    engine.admit("a", 0, None)
+    engine.check_integrity()
+    assert engine.held.pool.num_free == 64
+    assert run(engine)["a"] == reference(job("a"))
 
 
 def test_what_was_never_reserved_cannot_be_admitted() -> None:

@@ -19,7 +19,7 @@ import pytest
 import zmq
 
 from arriero.core.config import MigrationConfig
-from arriero.core.messages import Answer, Copy, Load, Locate, Message, Op, Reserve
+from arriero.core.messages import Answer, Copy, Load, Locate, Message, Op, Release, Reserve
 from arriero.core.migration import Abort, Command, End, Migration, Park, Replay, Route, Send
 from arriero.core.types import InstanceSnapshot, MigrationMode, Phase
 from arriero.launch.child import STATUS_FD_ENV
@@ -227,6 +227,7 @@ def check_idle(front: Front, instance: int) -> None:
     holdings = front.utility(instance, "arriero_check")
     assert holdings["free_blocks"] == holdings["num_blocks"]
     assert [holdings[k] for k in ("requests", "frozen", "parked", "reserved", "open")] == [[]] * 5
+    assert holdings["staged"] == 0
 
 
 # ---------------------------------------------------------------------- serving
@@ -301,6 +302,17 @@ def test_a_malformed_message_does_not_end_it(front: Front) -> None:
     assert front.utility(0, "get_supported_tasks") == ["generate"]
 
 
+def test_with_async_scheduling_input_is_handled_while_a_step_runs(front: Front) -> None:
+    process = front.start(0, async_scheduling=True, time_scale=10_000.0)  # a step of minutes
+    front.add(0, SimRequest("a", PROMPT))
+    for _ in range(3):
+        assert front.utility(0, "arriero_check")["requests"] == ["a"]
+    front.send(0, ABORT, ["a"])
+    assert front.utility(0, "arriero_check")["requests"] == []
+    assert front.tokens == {"a": []}
+    assert process.poll() is None
+
+
 # ---------------------------------------------------------------------- migrating
 
 
@@ -309,14 +321,16 @@ def test_a_malformed_message_does_not_end_it(front: Front) -> None:
 def test_a_request_moves_between_processes(front: Front, mode: MigrationMode, async_scheduling: bool) -> None:
     for instance in (0, 1):
         front.start(instance, async_scheduling=async_scheduling)
-    moving, staying = SimRequest("moving", PROMPT * 8, 90, seed=4), SimRequest("staying", PROMPT, 90)
+    moving = SimRequest("moving", PROMPT * 8, 90, seed=4)
+    staying = [SimRequest(f"staying at {i}", PROMPT, 90) for i in (0, 1)]
     front.add(0, moving)
-    front.add(1, staying)
+    for instance in (0, 1):
+        front.add(instance, staying[instance])
     front.until(lambda: len(front.tokens["moving"]) >= 5)
     end = front.migrate(moving, 1, mode)
     assert end.ok, end.reason
-    front.until(lambda: len(front.finished) == 2)
-    assert front.tokens == {"moving": reference(moving), "staying": reference(staying)}
+    front.until(lambda: len(front.finished) == 3)
+    assert front.tokens == {r.request_id: reference(r) for r in (moving, *staying)}
     for instance in (0, 1):
         check_idle(front, instance)
 
@@ -413,6 +427,14 @@ def test_sigterm_ends_it_and_frees_shared_memory(front: Front) -> None:
     process.terminate()
     assert process.wait(WAIT_S) == 0
     assert segments() == []
+
+
+def test_memory_that_an_export_staged_is_released_with_the_request(front: Front) -> None:
+    front.start(0)
+    stage_blocks(front)
+    assert front.utility(0, "arriero_check")["staged"] == 1
+    assert front.operation(0, Release(migration_id="m", request_id="a")).ok
+    assert front.utility(0, "arriero_check")["staged"] == 0
 
 
 def test_sigterm_does_not_wait_for_a_long_step(front: Front) -> None:

@@ -207,6 +207,8 @@ class Client:
         """Status and answer of the admin API."""
         url = f"{self._url}/requests/{request_id}/migrate"
         async with self._session.post(url, json={"to": to, "mode": mode}) as response:
+            if response.content_type != "application/json":
+                return response.status, {"error": {"message": f"status {response.status}: {await response.text()}"}}
             return response.status, await response.json()
 
     def start(self, path: str, body: dict[str, Any], *, request_id: str | None = None) -> Call:

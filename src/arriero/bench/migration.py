@@ -16,7 +16,7 @@ import asyncio
 import itertools
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
@@ -35,16 +35,7 @@ from arriero.bench.client import (
     random_prompt,
 )
 from arriero.bench.report import Target
-from arriero.bench.server import (
-    SERVED_NAME,
-    Server,
-    add_server_options,
-    arriero_command,
-    common_flags,
-    ended_by_signals,
-    log_file,
-    model_of,
-)
+from arriero.bench.server import SERVED_NAME, add_server_options, arriero_server, say
 from arriero.core.errors import ArrieroError
 from arriero.core.types import MigrationMode
 
@@ -59,6 +50,12 @@ MAX_NEIGHBOUR_SLOWDOWN = 1.05
 NEIGHBOUR_CONTEXT = 256
 NEIGHBOUR_TOKENS = 3000
 CLEAR_TIMEOUT_S = 60.0
+
+TITLE = "migrations: medians over the repeats (recompute has fewer), neighbours as multiples of their own pace"
+COLUMNS = (
+    *("load", "context", "mode", "repeats", "failed", "source_itl_ms", "destination_itl_ms", "gap_ms", "gap_max_ms"),
+    *("ratio", "total_ms", "mebibytes", "stages", "neighbours"),
+)
 
 Sample = dict[str, Any]
 
@@ -92,10 +89,9 @@ class Plan:
 class Bench:
     """Takes the samples from one server with two instances."""
 
-    def __init__(self, client: Client, plan: Plan, say: Callable[[str], None]) -> None:
+    def __init__(self, client: Client, plan: Plan) -> None:
         self._client = client
         self._plan = plan
-        self._say = say
         self._rng = random.Random(plan.seed)
         self._neighbours: dict[Call, int] = {}  # and the instance where each decodes
 
@@ -110,7 +106,7 @@ class Bench:
                     await self._prepare(load)
                     sample = await self._take(context, mode)
                     samples.append({"load": load, "context": context, "mode": mode, "repeat": repeat, **sample})
-                    self._say(describe(samples[-1]))
+                    say(describe(samples[-1]))
             finally:
                 await self._stop_neighbours()
         return samples
@@ -270,20 +266,21 @@ def targets_of(summary: Sequence[dict[str, Any]]) -> list[Target]:
     live = {(row["load"], row["context"]): row for row in summary if row["mode"] == LIVE}
     limits = {IDLE: MAX_GAP_IDLE, LOADED: MAX_GAP_LOADED}
     targets = [
-        _at_most(f"gap over inter-token time, {load}, context {context}", row["ratio"], limits[load])
+        Target.at_most(f"gap over inter-token time, {load}, context {context}", row["ratio"], limits[load])
         for (load, context), row in live.items()
     ]
     idle = {context: row["ratio"] for (load, context), row in live.items() if load == IDLE}
     if len(idle) > 1:
         short, long = min(idle), max(idle)
         growth = idle[long] / idle[short]
-        targets.append(_at_most(f"gap at {long} over gap at {short}, each over its own", growth, MAX_GAP_GROWTH))
+        targets.append(Target.at_most(f"gap at {long} over gap at {short}, each over its own", growth, MAX_GAP_GROWTH))
     targets += [
-        _at_most(f"neighbours' inter-token time, context {context}", row["neighbours"], MAX_NEIGHBOUR_SLOWDOWN)
+        Target.at_most(f"neighbours' inter-token time, context {context}", row["neighbours"], MAX_NEIGHBOUR_SLOWDOWN)
         for (load, context), row in live.items()
         if load == LOADED and row["neighbour_tokens"]
     ]
-    return targets
+    num_failed = sum(row["failed"] for row in summary)
+    return [*targets, Target.at_most("migrations that failed", num_failed, 0)]
 
 
 def describe(sample: Sample) -> str:
@@ -306,9 +303,7 @@ def _failed(reason: str) -> Sample:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m arriero.bench.migration", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     modes = [m.value for m in MigrationMode]
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096, 7500])
     parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
@@ -325,7 +320,7 @@ def _parser() -> argparse.ArgumentParser:
 
 async def _run(url: str, plan: Plan) -> list[Sample]:
     async with Client(url) as client:
-        return await Bench(client, plan, lambda line: print(line, file=sys.stderr, flush=True)).run()
+        return await Bench(client, plan).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -343,16 +338,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_tokens=args.max_model_len - max(args.contexts),
         seed=args.seed,
     )
-    command = arriero_command(model_of(args), port=args.port, instances=2, flags=common_flags(args))
-    with (
-        ended_by_signals(),
-        Server(command, port=args.port, log=log_file("migration"), timeout_s=args.start_timeout) as server,
-    ):
+    with arriero_server(args, "migration", instances=2) as server:
         samples = asyncio.run(_run(server.url, plan))
     summary = summarise(samples)
     targets = targets_of(summary)
-    report.write("migration", samples, targets, summary=summary, plan=asdict(plan), command=command)
-    report.print_table("migration", summary)
+    report.write("migration", samples, targets, summary=summary, plan=asdict(plan), command=server.command)
+    report.print_table(TITLE, [{c: row[c] for c in COLUMNS} for row in summary], targets)
     return 0
 
 

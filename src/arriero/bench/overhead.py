@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
@@ -31,6 +31,7 @@ from arriero.bench.server import (
     ended_by_signals,
     log_file,
     model_of,
+    say,
     stock_command,
 )
 from arriero.core.errors import ArrieroError
@@ -39,6 +40,12 @@ ARRIERO, STOCK = "arriero", "vllm"
 
 MIN_THROUGHPUT = 0.98
 MAX_TTFT_MS = 1.0  #: more than stock's, at the lowest concurrency
+
+TITLE = "overhead: arriero with one instance beside stock vLLM"
+COLUMNS = (
+    *("concurrency", "server", "requests", "tokens_per_s", "throughput_ratio"),
+    *("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms"),
+)
 
 Sample = dict[str, Any]
 
@@ -98,10 +105,9 @@ async def measure(url: str, prompts: Sequence[list[int]], concurrency: int, outp
 class Bench:
     """Lets two servers take turns."""
 
-    def __init__(self, servers: Mapping[str, Server], plan: Plan, say: Callable[[str], None]) -> None:
+    def __init__(self, servers: Mapping[str, Server], plan: Plan) -> None:
         self._servers = servers
         self._plan = plan
-        self._say = say
         self._rng = random.Random(plan.seed)
 
     def run(self) -> list[Sample]:
@@ -114,7 +120,7 @@ class Bench:
             for name in order:
                 sample = self._turn(name, prompts, concurrency)
                 samples.append({"round": number, "concurrency": concurrency, "server": name, **sample})
-                self._say(f"round {number}, concurrency {concurrency}, {name}: {sample['tokens_per_s']:.1f} tokens/s")
+                say(f"round {number}, concurrency {concurrency}, {name}: {sample['tokens_per_s']:.1f} tokens/s")
         return samples
 
     def _turn(self, name: str, prompts: Sequence[list[int]], concurrency: int) -> Sample:
@@ -170,21 +176,19 @@ def targets_of(summary: Sequence[dict[str, Any]]) -> list[Target]:
     arriero = {row["concurrency"]: row for row in summary if row["server"] == ARRIERO}
     stock = {row["concurrency"]: row for row in summary if row["server"] == STOCK}
     targets = [
-        _at_least(f"throughput over stock vLLM's, concurrency {c}", row["throughput_ratio"], MIN_THROUGHPUT)
+        Target.at_least(f"throughput over stock vLLM's, concurrency {c}", row["throughput_ratio"], MIN_THROUGHPUT)
         for c, row in arriero.items()
     ]
     lowest = min(arriero)
     extra_ms = arriero[lowest]["ttft_p50_ms"] - stock[lowest]["ttft_p50_ms"]
-    return [*targets, _at_most(f"TTFT P50 above stock vLLM's, concurrency {lowest}, ms", extra_ms, MAX_TTFT_MS)]
+    return [*targets, Target.at_most(f"TTFT P50 above stock vLLM's, concurrency {lowest}, ms", extra_ms, MAX_TTFT_MS)]
 
 
 # ---------------------------------------------------------------------- the command
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m arriero.bench.overhead", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--concurrencies", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
     parser.add_argument("--requests-per-client", type=int, default=2, help="in a turn (default: %(default)s)")
@@ -219,16 +223,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, command in commands.items():
             log = log_file(f"overhead-{name}")
             server = Server(command, port=ports[name], log=log, timeout_s=args.start_timeout)
+            say(f"starting {name}")
             servers[name] = stack.enter_context(server)
             server.pause()
         processes = {name: server.describe_processes() for name, server in servers.items()}
-        samples = Bench(servers, plan, lambda line: print(line, file=sys.stderr, flush=True)).run()
+        samples = Bench(servers, plan).run()
     summary = summarise(samples)
     targets = targets_of(summary)
     report.write(
         "overhead", samples, targets, summary=summary, plan=asdict(plan), commands=commands, processes=processes
     )
-    report.print_table("overhead", summary)
+    report.print_table(TITLE, [{c: row[c] for c in COLUMNS} for row in summary], targets)
     return 0
 
 

@@ -99,12 +99,12 @@ class Server:
         env: Mapping[str, str] | None = None,
         timeout_s: float = 600.0,
     ) -> None:
+        self.command = list(command)
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         self.ready_s = 0.0  #: seconds from start to the first answer
         self.exit_code: int | None = None
         self.survivors: list[str] = []  #: processes that had to be killed after the server's end
-        self._command = list(command)
         self._env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", **(env or {})}
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
@@ -113,7 +113,7 @@ class Server:
         self._refuse_taken_port()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                self._command,
+                self.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -256,3 +256,22 @@ def ended_by_signals() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def arriero_server(
+    args: argparse.Namespace, name: str, *, instances: int, flags: Sequence[str] = ()
+) -> Iterator[Server]:
+    """`arriero serve` with the options of :func:`add_server_options`; its log is called ``name``."""
+    flags = [*common_flags(args), *flags]
+    command = arriero_command(model_of(args), port=args.port, instances=instances, flags=flags)
+    with ended_by_signals():
+        say(f"starting {instances} instance(s)")
+        with Server(command, port=args.port, log=log_file(name), timeout_s=args.start_timeout) as server:
+            say(f"ready after {server.ready_s:.0f} s")
+            yield server
+
+
+def say(line: str) -> None:
+    """Progress, on standard error."""
+    print(line, file=sys.stderr, flush=True)

@@ -48,7 +48,7 @@ def _router(cluster: Cluster, api_keys: list[str]) -> APIRouter:
         """The latest dispatches, migrations and changes of instances."""
         return cluster.events.recent(max(1, min(limit, 1000)), after)
 
-    @router.post("/requests/{request_id}/migrate")
+    @router.post("/requests/{request_id:path}/migrate")  # ids come from clients: they may hold slashes
     async def migrate(request_id: str, body: MigrateBody) -> Any:
         """Move a running or waiting request (all its sequences) to another instance.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 
 _PAUSE_BUCKETS = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -40,6 +42,7 @@ class Metrics:
         self.migration_bytes.inc(num_bytes)
 
 
+@functools.cache
 def default_metrics() -> Metrics:
-    """Metrics in the process's default registry, which `/metrics` shows."""
+    """The one set of metrics in the process's default registry, which `/metrics` shows."""
     return Metrics(REGISTRY)

@@ -66,6 +66,7 @@ class SimInstance:
     def __init__(self, spec: SimSpec, sockets: Sockets, transport: BlockTransport) -> None:
         self._spec = spec
         self._sockets = sockets
+        self._transport = transport
         self._inbox: deque[list[bytes]] = deque()
         self._copies: queue.SimpleQueue[tuple[MigrationId, Export | None, str | None]] = queue.SimpleQueue()
         self._engine = SimEngine(
@@ -196,7 +197,9 @@ class SimInstance:
             case "arriero_check":
                 self._engine.check_integrity()
                 self._llumlet.check_integrity()
-                return {**self._engine.held.describe(), "open": self._llumlet.open_migrations()}
+                self._transport.check_integrity()
+                staged = {"staged": self._transport.num_open}
+                return {**self._engine.held.describe(), **staged, "open": self._llumlet.open_migrations()}
             case "arriero_stop":
                 self.stop()
         return None
