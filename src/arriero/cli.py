@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from typing import Any
+from typing import Any, NoReturn
+from urllib.parse import quote
 
 import httpx
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -34,14 +37,23 @@ def _serve(argv: list[str]) -> int:
     return serve(argv)
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """See the class."""
+        self.exit(2, f"{self.prog}: {message} (see '{self.prog} --help')\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _OneLineParser(
         prog="arriero", description="LLM serving over several vLLM instances that moves requests while they run."
     )
     parser.add_argument("--version", action="version", version=f"arriero {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("serve", help="start instances and the OpenAI server (arriero serve --help)", add_help=False)
     status = commands.add_parser("status", help="show instances and running requests")
+    status.add_argument("--json", action="store_true", help="print JSON instead of tables")
     status.set_defaults(run=_status)
     migrate = commands.add_parser("migrate", help="move a running request to another instance")
     migrate.add_argument("request", help="id of the request, as `arriero status` or the response shows it")
@@ -65,7 +77,7 @@ def _call(args: argparse.Namespace, method: str, path: str, **kwargs: Any) -> An
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     try:
         response = httpx.request(method, args.url.rstrip("/") + path, headers=headers, timeout=120, **kwargs)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
         raise _Failed(f"no answer from {args.url}: {error}; is the server running there?") from error
     try:
         body = response.json()
@@ -73,6 +85,8 @@ def _call(args: argparse.Namespace, method: str, path: str, **kwargs: Any) -> An
         raise _Failed(f"{args.url} answered {response.status_code} without JSON: is it an arriero server?") from error
     if response.is_error and not (isinstance(body, dict) and "migrations" in body):
         raise _Failed(_message(body, response.status_code))
+    if not ("migrations" in body if isinstance(body, dict) else isinstance(body, list)):
+        raise _Failed(f"{args.url} answered {path} with something else: is it an arriero server?")
     return body
 
 
@@ -82,7 +96,7 @@ def _message(body: Any, status: int) -> str:
         if isinstance(error, dict):
             error = error.get("message")
         if error:
-            return str(error)
+            return " ".join(str(error).split())
     return f"the server answered {status}"
 
 
@@ -92,25 +106,51 @@ def _status(args: argparse.Namespace) -> int:
     except _Failed as error:
         sys.stderr.write(f"arriero status: {error}\n")
         return 1
+    if args.json:
+        print(json.dumps({"instances": instances, "requests": requests}, indent=2))
+        return 0
     console = Console()
-    console.print(_table("Instances", instances))
-    console.print(_table("Requests", requests))
+    console.print(_table("instances", INSTANCE_COLUMNS, instances))
+    console.print(_table("requests", REQUEST_COLUMNS, requests))
     return 0
 
 
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"{title} ({len(rows)})", title_justify="left")
-    for column in rows[0] if rows else ():
-        table.add_column(column.replace("_", " "), overflow="fold")
+INSTANCE_COLUMNS = {
+    "id": "{id}",
+    "state": "{state}",
+    "pid": "{pid}",
+    "host": "{host}",
+    "running": "{running}",
+    "waiting": "{waiting}",
+    "KV blocks": "{blocks_used} / {blocks_total}",
+    "freeness": "{freeness}",
+}
+REQUEST_COLUMNS = {
+    "request": "{client_id}",
+    "instance": "{instance}",
+    "state": "{state}",
+    "prompt": "{prompt_tokens}",
+    "output": "{output_tokens}",
+    "moves": "{moves}",
+    "paused ms": "{paused_ms}",
+    "age s": "{age_s}",
+}
+
+
+def _table(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"{len(rows)} {title}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    for column in columns:
+        table.add_column(column, no_wrap=True, justify="left" if column in ("request", "state", "host") else "right")
     for row in rows:
-        table.add_row(*["" if value is None else str(value) for value in row.values()])
+        shown = {key: "-" if value is None else value for key, value in row.items()}
+        table.add_row(*[template.format_map(shown) for template in columns.values()])
     return table
 
 
 def _migrate(args: argparse.Namespace) -> int:
     body = {"to": args.to, "mode": args.mode}
     try:
-        answer = _call(args, "POST", f"/requests/{args.request}/migrate", json=body)
+        answer = _call(args, "POST", f"/requests/{quote(args.request, safe='')}/migrate", json=body)
     except _Failed as error:
         sys.stderr.write(f"arriero migrate: {error}\n")
         return 1

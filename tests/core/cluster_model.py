@@ -224,15 +224,15 @@ class Cluster:
         self.now = end
         self._replay_orphans()
 
-    def progress(self, seconds: float = 0.002) -> bool:
-        """Everything moves on a little; False: nothing could."""
+    def progress(self, seconds: float = 0.002, *, copies: bool = True) -> bool:
+        """Everything moves on a little (but for copies, perhaps); False: nothing could."""
         moved = False
         for link in self.wires():
             for _ in range(len(self.links[link])):
                 self.deliver(link)
                 moved = True
         for instance in self.alive:
-            moved |= self.finish_copy(instance)
+            moved |= copies and self.finish_copy(instance)
             moved |= self.step(instance)
         self.advance(seconds)
         return moved
@@ -301,6 +301,21 @@ class Cluster:
             runners = [i for i in self.alive if self.engines[i].schedules(request_id)]
             assert len(runners) <= 1, f"{request_id} runs on {runners}"
         assert not self.counts["stray output"], "an instance produced tokens after it had handed over"
+        if not any(wire for (sender, _), wire in self.links.items() if sender == FRONT_END):
+            self._check_obeyed()
+
+    def _check_obeyed(self) -> None:
+        """The laws of a moment at which every word of the front end has reached its instance."""
+        for request_id, stream in self.streams.items():
+            if stream.gone and (stream.migration is None or stream.migration.is_closed):
+                holders = [i for i in self.alive if request_id in self.engines[i].requests]
+                assert not holders, f"{request_id} was aborted, and {holders} go on with it"
+        for instance in self.alive:
+            for held in self.llumlets[instance].open_migrations():
+                words = held.split()
+                migration, state = self.migrations.get(words[1]), words[-1]
+                waits_for_owner = state in ("copying", "detaching", "detached", "reserved")
+                assert not (migration and migration.is_closed and waits_for_owner), f"{instance} was left with {held}"
 
     def leaks(self) -> list[str]:
         left = [f"{i}: {leak}" for i in self.alive for leak in self.engines[i].leaks()]

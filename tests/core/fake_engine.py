@@ -2,7 +2,7 @@
 
 Every position's KV entry is a function of its token and of all the entries before it, read back
 from the block pool; the next token is a function of all entries. One missing, stale or torn block
-therefore yields wrong tokens from then on. A block that is allocated anew holds fresh garbage.
+therefore yields wrong tokens from then on. A block that is freed or allocated holds fresh garbage.
 
 Like vLLM's asynchronous scheduling, a step *executes* when it is scheduled and its output is
 *processed* ``depth`` steps later: until then the request is in flight.
@@ -415,13 +415,19 @@ class FakeEngine:
             raise ArrieroError("no free blocks")
         for _ in range(missing):
             block = self._free.pop()
-            self._garbage += 1
-            self._kv[block] = [self._garbage] * self.block_size
+            self._scrub(block)
             request.blocks.append(block)
 
     def _free_blocks(self, request: _Request) -> None:
+        for block in request.blocks:
+            self._scrub(block)
         self._free.extend(request.blocks)
         request.blocks.clear()
+
+    def _scrub(self, block: int) -> None:
+        """Somebody else's data, as far as anyone can tell."""
+        self._garbage += 1
+        self._kv[block] = [self._garbage] * self.block_size
 
     def _write(self, blocks: list[int], ticket: Any) -> bool:
         """Copy staging memory into ``blocks``, first to first: a ticket holds exactly what was asked for."""

@@ -408,6 +408,15 @@ def test_load_asked_again_later_repeats_its_answer(destination: Bench) -> None:
     assert destination.engine.requests["r"].outputs == [1, 2, 3], "told once"
 
 
+def test_tokens_that_were_told_before_count_once(destination: Bench) -> None:
+    destination.ask(RESERVE)
+    destination.ask(LOAD)
+    destination.copy_ends()
+    destination.ask(Load(**ID, first=2, end=3, ticket=(9, "m"), known=1, output_token_ids=(2, 3)))
+    assert destination.engine.reserved["r"].outputs == [1, 2, 3]
+    destination.copy_ends()
+
+
 def test_load_of_what_is_not_next_is_refused(destination: Bench) -> None:
     destination.ask(RESERVE)
     gap = Load(**ID, first=1, end=2, ticket=None, known=0)

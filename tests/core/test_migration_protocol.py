@@ -11,6 +11,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from cluster_model import FRONT_END, Cluster, Stream
@@ -19,6 +20,7 @@ from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from arriero import core
 from arriero.core.config import MigrationConfig
 from arriero.core.types import MigrationMode
 
@@ -66,7 +68,7 @@ class Chaos:
 
     def progress(self, n: int) -> None:
         for _ in range(1 + n % 3):
-            self.cluster.progress()
+            self.cluster.progress(copies=n % 2 == 0)
 
     def deliver(self, n: int) -> None:
         wires = self.cluster.wires()
@@ -235,3 +237,13 @@ def test_state_machine_reached_commits_and_aborts() -> None:
     assert TOTALS["live committed"] > 10, TOTALS
     assert TOTALS["replay committed"] > 3, TOTALS
     assert len(aborts) > 6, TOTALS
+
+
+def test_every_planted_fault_fits_the_code() -> None:
+    """`make mutants` takes minutes; that its patches still apply is known in milliseconds."""
+    from arriero.bench.mutants import MUTANTS, patch  # not in the copies that mutants are planted in
+
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+    for mutant in MUTANTS:
+        file = Path(core.__path__[0]) / mutant.file
+        assert patch(file.read_text(), mutant) != file.read_text()

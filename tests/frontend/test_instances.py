@@ -108,6 +108,19 @@ async def test_progress_of_a_start_up_is_passed_on_and_kept(world: World) -> Non
     assert world.lines[-1].startswith("instance 0: loading the model (")
 
 
+async def test_an_instance_is_not_ready_because_it_says_so_and_says_nothing_more_once_it_is(world: World) -> None:
+    """Its last words of the start-up may come after its first snapshot: they travel on another way."""
+    world.launch()
+    world.instances.on_status(0, "ready")
+    assert world.instances[0].stage == "starting"
+    world.instances.on_ready(0, b"payload")
+    world.instances.on_snapshot(0)
+    num_lines = len(world.lines)
+    world.instances.on_status(0, "warming up")
+    assert world.instances[0].stage == "ready"
+    assert len(world.lines) == num_lines
+
+
 async def test_a_failed_start_up_says_at_which_stage_it_ended(world: World) -> None:
     future = world.launch()
     world.instances.on_status(0, "loading the model")

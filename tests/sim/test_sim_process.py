@@ -297,7 +297,8 @@ def test_utilities_answer_as_vllms(front: Front) -> None:
 
 def test_a_malformed_message_does_not_end_it(front: Front) -> None:
     front.start(0)
-    for frames in ([b"\x07", b"?"], [ADD, b"\xc1"], [ABORT, b"\xc1"], [UTILITY]):
+    number, call = front.codec.encode(5)[0], front.codec.encode((0, 1))[0]
+    for frames in ([b"\x07", b"?"], [ADD, b"\xc1"], [ABORT, b"\xc1"], [ABORT, number], [UTILITY], [UTILITY, call]):
         front.input.send_multipart([b"\0\0", *frames])
     assert front.utility(0, "get_supported_tasks") == ["generate"]
 
@@ -320,17 +321,19 @@ def test_with_async_scheduling_input_is_handled_while_a_step_runs(front: Front) 
 @pytest.mark.parametrize("mode", list(MigrationMode))
 def test_a_request_moves_between_processes(front: Front, mode: MigrationMode, async_scheduling: bool) -> None:
     for instance in (0, 1):
-        front.start(instance, async_scheduling=async_scheduling)
+        front.start(instance, async_scheduling=async_scheduling, num_blocks=256)
     moving = SimRequest("moving", PROMPT * 8, 90, seed=4)
-    staying = [SimRequest(f"staying at {i}", PROMPT, 90) for i in (0, 1)]
     front.add(0, moving)
-    for instance in (0, 1):
-        front.add(instance, staying[instance])
+    front.add(0, SimRequest("stays at the source", PROMPT, 900))
+    front.add(1, SimRequest("is at the destination", PROMPT, 90))
     front.until(lambda: len(front.tokens["moving"]) >= 5)
     end = front.migrate(moving, 1, mode)
     assert end.ok, end.reason
-    front.until(lambda: len(front.finished) == 3)
-    assert front.tokens == {r.request_id: reference(r) for r in (moving, *staying)}
+    assert "stays at the source" not in front.finished  # the hand-over did not wait for an idle moment
+    front.send(0, ABORT, ["stays at the source"])
+    front.until(lambda: len(front.finished) == 2)
+    assert front.tokens["moving"] == reference(moving)
+    assert front.tokens["is at the destination"] == expected_tokens(PROMPT, None, 90)
     for instance in (0, 1):
         check_idle(front, instance)
 
@@ -483,6 +486,7 @@ def test_it_does_not_outlive_its_parent(front: Front) -> None:
         (b'{"instance": 0, "input_address": "x", "output_address": "y", "transport": {"kind": "ufo"}}', "ufo"),
         (b'{"instance": 0, "input_address": "x", "output_address": "y", "copy": {"copy_share": 2}}', "copy_share"),
         (b'{"instance": 0, "input_address": "x", "output_address": "y", "surprise": 1}', "surprise"),
+        (b'{"instance": 0, "input_address": "x", "output_address": "y", "engine": {"with_contents": false}}', "copied"),
     ],
 )
 def test_a_bad_spec_is_named_in_one_line(spec: bytes, message: str) -> None:

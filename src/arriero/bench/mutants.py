@@ -145,17 +145,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 if every mutant was killed, 1 if one survived."""
-    args = _parser().parse_args(argv)
-    chosen = [m for m in MUTANTS if not args.only or any(word in m.name for word in args.only)]
-    for name, outcome in try_suites(None, args.suites, args.timeout).items():
+def try_all(mutants: Sequence[Mutant], suites: Sequence[str], timeout_s: float) -> list[dict[str, Any]]:
+    """A sample for each mutant, once the suites have passed without any."""
+    for name, outcome in try_suites(None, suites, timeout_s).items():
         if outcome.killed_by:
             raise ConfigError(f"suite {name} fails without any mutant, at {outcome.killed_by}: mend that first")
     samples = []
-    for mutant in chosen:
-        samples.append(sample_of(mutant, try_suites(mutant, args.suites, args.timeout)))
+    for mutant in mutants:
+        samples.append(sample_of(mutant, try_suites(mutant, suites, timeout_s)))
         print(f"{'killed' if samples[-1]['killed'] else SURVIVED}: {mutant.name}", file=sys.stderr, flush=True)
+    return samples
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 if every mutant was killed, 1 if one survived, 2 if they could not be tried."""
+    args = _parser().parse_args(argv)
+    chosen = [m for m in MUTANTS if not args.only or any(word in m.name for word in args.only)]
+    try:
+        samples = try_all(chosen, args.suites, args.timeout)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
     num_killed = sum(s["killed"] for s in samples)
     targets = [Target.at_least("mutants killed", num_killed, len(samples))]
     report.write("mutants", samples, targets)

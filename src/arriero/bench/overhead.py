@@ -230,9 +230,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         samples = Bench(servers, plan).run()
     summary = summarise(samples)
     targets = targets_of(summary)
-    report.write(
-        "overhead", samples, targets, summary=summary, plan=asdict(plan), commands=commands, processes=processes
-    )
+    extra = {
+        "plan": asdict(plan),
+        "commands": commands,
+        "processes": processes,
+        "left_in_shared_memory": {name: server.shared_memory() for name, server in servers.items()},
+    }
+    report.write("overhead", samples, targets, summary=summary, **extra)
     report.print_table(TITLE, [{c: row[c] for c in COLUMNS} for row in summary], targets)
     return 0
 

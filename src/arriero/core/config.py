@@ -26,12 +26,14 @@ class MigrationConfig:
     lease_s: float = 60.0  #: a reservation without news frees itself
     tombstone_s: float = 300.0  #: how long an ended migration is remembered
     max_incoming: int = 16  #: reservations an instance grants at a time
+    hold_share: float = 0.5  #: a busy destination waits so much of a step for an announced COMMIT; 0: not
 
     def __post_init__(self) -> None:
         _require(self.stop_blocks >= 0, "stop_blocks", self.stop_blocks, "0 or more")
         _require(self.max_stages >= 1, "max_stages", self.max_stages, "1 or more")
         _require(self.reserve_ahead_blocks >= 0, "reserve_ahead_blocks", self.reserve_ahead_blocks, "0 or more")
         _require(self.max_incoming >= 1, "max_incoming", self.max_incoming, "1 or more")
+        _require(0 <= self.hold_share <= 1, "hold_share", self.hold_share, "in [0, 1]")
         for name in ("stage_timeout_s", "timeout_s", "retry_s", "ready_poll_s", "lease_s", "tombstone_s"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
         _require(

@@ -7,7 +7,9 @@ the same one. It guarantees, whatever the owner or the network does:
 - a reservation that hears nothing for its lease frees itself, but never while an import into its
   blocks is in flight (the import would overwrite blocks that belong to somebody else by then);
 - a frozen request keeps its blocks until RELEASE or RESUME: the source never resumes on a guess;
-- after DROP (or an expired lease) a COMMIT of the same migration is refused for good.
+- RELEASE frees nothing but what its own migration detached, however late it comes;
+- after DROP, an expired lease or a refused COMMIT, a COMMIT of the same migration is refused for good;
+- a COMMIT that was carried out is remembered for as long as the request is here.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from arriero.core.config import MigrationConfig
+from arriero.core.door import Door
 from arriero.core.errors import ArrieroError, ProtocolError
 from arriero.core.messages import (
     OPERATIONS,
@@ -26,6 +29,7 @@ from arriero.core.messages import (
     Copy,
     Detach,
     Drop,
+    Expect,
     Load,
     Locate,
     Message,
@@ -113,7 +117,10 @@ class EnginePort(Protocol):
     def import_rest(
         self, migration_id: MigrationId, request_id: RequestId, first: int, end: int, ticket: Any
     ) -> Export:
-        """Import ``[first, end)`` now; returns what it cost (``ticket`` unused)."""
+        """Import ``[first, end)`` by the time :meth:`admit`, which follows at once, returns.
+
+        The result says what it cost; its ``ticket`` is unused.
+        """
 
     def admit(self, request_id: RequestId, num_computed_tokens: int, sampler_state: bytes | None) -> None:
         """Schedule the reserved request: it continues at the next token."""
@@ -177,6 +184,7 @@ class Llumlet:
         self._frozen: dict[RequestId, MigrationId] = {}
         self._arriving: dict[RequestId, MigrationId] = {}
         self._parked: dict[RequestId, float] = {}
+        self.door = Door(config.hold_share)
 
     # ------------------------------------------------------------------ entry points
 
@@ -280,9 +288,13 @@ class Llumlet:
                 self._copy(message, reply, now)
             case Load():
                 self._load(message, reply, now)
+            case Expect():
+                self.door.expect(message.migration_id, now + message.in_s)
+                reply(Answer(migration_id=message.migration_id, op=Op.EXPECT))
             case Detach():
                 self._detach(message, reply, now)
             case Commit():
+                self.door.forget(message.migration_id)
                 reply(self._commit(message, now))
             case Release():
                 reply(self._end_source(message, now, released=True))
@@ -290,6 +302,7 @@ class Llumlet:
                 reply(self._end_source(message, now, released=False))
             case _:
                 assert isinstance(message, Drop)
+                self.door.forget(message.migration_id)
                 reply(self._drop(message, now))
 
     @staticmethod

@@ -21,6 +21,7 @@ class Op(StrEnum):
     RESERVE = "reserve"
     COPY = "copy"
     LOAD = "load"
+    EXPECT = "expect"
     DETACH = "detach"
     COMMIT = "commit"
     RELEASE = "release"
@@ -68,6 +69,13 @@ class Load(Message):
     ticket: Any
     known: int  #: output tokens that the destination has been told before
     output_token_ids: tuple[int, ...] = ()  #: the next ones, so that the pause need not carry them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expect(Message):
+    """To the destination, together with DETACH: a COMMIT is due in about ``in_s`` seconds. A hint; may be lost."""
+
+    in_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +148,7 @@ OPERATIONS: dict[type[Message], Op] = {
     Reserve: Op.RESERVE,
     Copy: Op.COPY,
     Load: Op.LOAD,
+    Expect: Op.EXPECT,
     Detach: Op.DETACH,
     Commit: Op.COMMIT,
     Release: Op.RELEASE,

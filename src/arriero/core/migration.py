@@ -13,7 +13,7 @@ and what must be done comes out as commands. One instance of it is one attempt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -25,6 +25,7 @@ from arriero.core.messages import (
     Copy,
     Detach,
     Drop,
+    Expect,
     Load,
     Locate,
     Message,
@@ -121,6 +122,7 @@ class Migration:
 
     ``source`` None: a replay, the request continues from the token log alone.
     ``tokens`` is the live token log: every output token delivered to the client so far.
+    ``commit_due_in`` estimates, at DETACH, in how many seconds COMMIT will reach the destination.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Migration:
         tokens: Sequence[int],
         config: MigrationConfig,
         mode: MigrationMode = MigrationMode.LIVE,
+        commit_due_in: Callable[[float], float] | None = None,
     ) -> None:
         self.migration_id = migration_id
         self.request_id = request_id
@@ -146,6 +149,7 @@ class Migration:
         self.detach_s: float | None = None
         self.commit_s: float | None = None
         self._tokens = tokens
+        self._commit_due_in = commit_due_in
         self._config = config
         self._with_blocks = self.mode is not MigrationMode.RECOMPUTE
         self._epoch = -1
@@ -356,7 +360,14 @@ class Migration:
             epoch=self._epoch,
             with_blocks=self._with_blocks,
         )
-        return self._ask(self._source, message, now)
+        return [*self._announce(now), *self._ask(self._source, message, now)]
+
+    def _announce(self, now: float) -> list[Command]:
+        """Tell the destination when COMMIT will come, so that it can hold its door (see core/door.py)."""
+        if self._commit_due_in is None or not self._with_blocks:
+            return []
+        in_s = self._commit_due_in(now)
+        return [Send(self.destination, Expect(migration_id=self.migration_id, request_id=self.request_id, in_s=in_s))]
 
     def _on_detached(self, answer: Answer, now: float) -> list[Command]:
         if not answer.ok:

@@ -16,6 +16,7 @@ from typing import Any
 
 from arriero.core.config import MigrationConfig, SchedulerConfig
 from arriero.core.errors import ArrieroError, ConflictError, ProtocolError, UnavailableError
+from arriero.core.pace import StepPace
 from arriero.core.scheduler import GlobalScheduler
 from arriero.core.types import (
     Dispatchable,
@@ -60,13 +61,19 @@ class Cluster:
         self.clock = clock
         self.scheduler = GlobalScheduler(scheduler)
         self.requests = RequestTable()
+        self.pace = StepPace()
         self.events = events or EventLog(clock)
         self.metrics = metrics or Metrics()
         self.deliver = deliver
         self.links = links
         self.instances = Instances(launcher, on_joined=self._joined, on_lost=self._lost, progress=progress)
         self.migrations = MigrationRunner(
-            links=links, config=migration, clock=clock, on_end=self._migration_ended, on_replay=self._replay
+            links=links,
+            config=migration,
+            pace=self.pace,
+            clock=clock,
+            on_end=self._migration_ended,
+            on_replay=self._replay,
         )
         self._make_spec = make_spec
         self._tasks: set[asyncio.Task[None]] = set()
@@ -155,6 +162,8 @@ class Cluster:
     def on_outputs(self, outputs: Any) -> None:
         """Log tokens, drop what does not come from a request's route, pass the rest on."""
         instance, now = outputs.engine_index, self.clock()
+        if outputs.outputs:
+            self.pace.step_ended(instance, now)
         stale = False
         finished: list[tuple[RequestId, str]] = []
         for output in outputs.outputs:
@@ -199,6 +208,7 @@ class Cluster:
         lost = instance.instance_id
         self.events.emit("instance_lost", instance=lost, returncode=returncode)
         self.scheduler.instance_lost(lost)
+        self.pace.forget(lost)
         orphans = [r for r in self.requests.routed_to(lost) if not self.migrations.is_moving(r.request_id)]
         self.migrations.instance_lost(lost)
         self.links.instance_lost(lost)

@@ -86,6 +86,8 @@ class Instances:
     def on_status(self, instance: InstanceId, stage: str) -> None:
         """Progress of a start-up (from the launcher)."""
         record = self._instances[instance]
+        if record.state is not InstanceState.STARTING or stage == "ready":
+            return  # it is ready once it serves, see on_snapshot
         record.stage = stage
         self._progress(f"instance {instance}: {stage} ({time.monotonic() - record.started_s:.0f} s)")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from arriero.core.config import MigrationConfig
 from arriero.core.errors import ConflictError, UnmovableError
-from arriero.core.messages import Answer
+from arriero.core.messages import Answer, Op
 from arriero.core.migration import (
     Abort,
     Command,
@@ -24,11 +24,16 @@ from arriero.core.migration import (
     Stage,
     WakeAt,
 )
+from arriero.core.pace import StepPace
 from arriero.core.types import InstanceId, MigrationId, MigrationMode, RequestId
 from arriero.frontend.links import InstanceLinks
 from arriero.frontend.requests import LiveRequest
 
 logger = logging.getLogger(__name__)
+
+
+HANDOVER_S = 0.002
+"""First guess: from the end of the source's last step until COMMIT is at the destination."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,12 +78,15 @@ class MigrationRunner:
         *,
         links: InstanceLinks,
         config: MigrationConfig,
+        pace: StepPace,
         clock: Callable[[], float],
         on_end: Callable[[LiveRequest, MigrationReport], None],
         on_replay: Callable[[LiveRequest], None],
     ) -> None:
         self._links = links
         self._config = config
+        self._pace = pace
+        self._handover_s = HANDOVER_S
         self._clock = clock
         self._on_end = on_end
         self._on_replay = on_replay
@@ -114,6 +122,9 @@ class MigrationRunner:
             tokens=request.tokens,
             config=self._config,
             mode=mode,
+            commit_due_in=None
+            if source is None
+            else lambda now: self._pace.next_end_in(source, now) + self._handover_s,
         )
         report = MigrationReport(
             migration_id=migration_id,
@@ -192,6 +203,9 @@ class MigrationRunner:
             self._on_replay(run.request)
 
     def _answered(self, run: _Run, answer: Answer) -> None:
+        if answer.op is Op.DETACH and answer.ok and run.machine.source is not None:
+            took = self._pace.since_last_end(run.machine.source, self._clock())
+            self._handover_s += 0.2 * (min(took, 10 * HANDOVER_S) - self._handover_s)
         self._execute(run, run.machine.on_answer(answer, self._clock()))
 
     def _wake_at(self, run: _Run, time_s: float) -> None:

@@ -33,7 +33,8 @@ class EventLog:
 
     def recent(self, limit: int, after: int = 0) -> list[dict[str, Any]]:
         """The last ``limit`` events with a sequence number above ``after``, oldest first."""
-        return [e for e in self._events if e["seq"] > after][-limit:]
+        found = [e for e in self._events if e["seq"] > after]
+        return found[max(0, len(found) - limit) :]
 
     def close(self) -> None:
         """Close the file, if any."""

@@ -25,6 +25,7 @@ from arriero.core.errors import ArrieroError, ConfigError, ProtocolError
 from arriero.core.llumlet import Export, Llumlet
 from arriero.core.messages import Answer
 from arriero.core.types import InstanceId, MigrationId, RequestId
+from arriero.sim.blocks import BlockPool
 from arriero.sim.config import SimEngineConfig
 from arriero.sim.engine import PlannedStep, SimEngine
 from arriero.sim.sequence import FinishReason, TokenOutput
@@ -69,23 +70,26 @@ class SimInstance:
         self._transport = transport
         self._inbox: deque[list[bytes]] = deque()
         self._copies: queue.SimpleQueue[tuple[MigrationId, Export | None, str | None]] = queue.SimpleQueue()
-        self._engine = SimEngine(
-            spec.engine,
-            instance=spec.instance,
-            copy=spec.copy,
-            make_copier=lambda pool: TransportCopier(
-                pool, transport, slice_bytes=spec.copy.slice_bytes, on_copied=self._on_copied
-            ),
-        )
+        self._engine = SimEngine(spec.engine, instance=spec.instance, copy=spec.copy, make_copier=self._make_copier)
         self._llumlet = Llumlet(self._engine, spec.migration)
         self._dirty = True  # something changed since the last snapshot
         self._pushed_s = 0.0
         self._stopping = False
 
+    def _make_copier(self, pool: BlockPool) -> TransportCopier:
+        self._copier = TransportCopier(
+            pool, self._transport, slice_bytes=self._spec.copy.slice_bytes, on_copied=self._on_copied
+        )
+        return self._copier
+
     def stop(self) -> None:
         """End the loop soon; from any thread or signal handler."""
         self._stopping = True
         self._sockets.ring()
+
+    def close(self) -> None:
+        """End the copier's thread."""
+        self._copier.close()
 
     def _on_copied(self, migration_id: MigrationId, export: Export | None, error: str | None) -> None:
         self._copies.put((migration_id, export, error))
@@ -112,6 +116,8 @@ class SimInstance:
             self._receive()
             if self._spec.engine.async_scheduling:
                 self._handle_events()
+        if self._stopping:
+            return
         now = time.monotonic()
         self._deliver(self._engine.finish_step(now), now)
         self._llumlet.after_step(now)
@@ -150,12 +156,9 @@ class SimInstance:
             case [kind, payload, *_] if kind == ADD:
                 self._add(payload)
             case [kind, payload, *_] if kind == ABORT:
-                for request_id in decode_any(payload):
-                    self._engine.abort(request_id)
-                    self._llumlet.request_gone(request_id, time.monotonic())
+                self._abort(decode_any(payload))
             case [kind, payload, *_] if kind == UTILITY:
-                _, call_id, method, args = decode_any(payload)
-                self._utility(call_id, method, args)
+                self._utility(decode_any(payload))
             case _:
                 raise ProtocolError(f"{len(frames)} frames of kind {frames[0]!r} are not understood")
 
@@ -170,8 +173,19 @@ class SimInstance:
         except ArrieroError:
             self._send_outputs([EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ERROR)])
 
-    def _utility(self, call_id: int, method: str, args: Sequence[Any]) -> None:
-        output = UtilityOutput(call_id)
+    def _abort(self, request_ids: Any) -> None:
+        if not isinstance(request_ids, list):
+            raise ProtocolError(f"{request_ids!r} is no list of requests to abort")
+        for request_id in request_ids:
+            self._engine.abort(request_id)
+            self._llumlet.request_gone(request_id, time.monotonic())
+
+    def _utility(self, call: Any) -> None:
+        match call:
+            case [_, int(call_id), str(method), list(args)]:
+                output = UtilityOutput(call_id)
+            case _:
+                raise ProtocolError(f"{call!r} is no utility call")
         try:
             result = self._call(call_id, method, args)
             if result is _LATER:
@@ -268,12 +282,13 @@ def main(payload: bytes) -> None:
         sys.exit(str(error))
     sockets = Sockets(spec)
     transport = SharedMemoryTransport(spec.shm_prefix)
+    instance = SimInstance(spec, sockets, transport)
+    signal.signal(signal.SIGTERM, lambda *_: instance.stop())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        instance = SimInstance(spec, sockets, transport)
-        signal.signal(signal.SIGTERM, lambda *_: instance.stop())
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         instance.run()
     finally:
+        instance.close()
         transport.close()
         sockets.close()
 

@@ -15,7 +15,11 @@ from arriero.sim.config import SimEngineConfig, from_dict
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimSpec:
-    """All that a simulated instance is told at its start."""
+    """All that a simulated instance is told at its start.
+
+    In JSON, ``engine``, ``migration`` and ``copy`` are objects with the fields of their classes (all may be
+    left out), and ``transport`` is ``{"kind": "shm", "prefix": ...}``.
+    """
 
     instance: InstanceId
     input_address: str
@@ -25,6 +29,10 @@ class SimSpec:
     copy: CopyConfig
     snapshot_interval_s: float
     shm_prefix: str
+
+    def __post_init__(self) -> None:
+        if not self.engine.with_contents:
+            raise ConfigError("with_contents=False is for the simulator: an instance needs blocks that can be copied")
 
     @classmethod
     def from_json(cls, data: bytes) -> SimSpec:

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import NoReturn
 
 from arriero.core.config import CopyConfig, MigrationConfig, RebalancingConfig, SchedulerConfig
+from arriero.core.dispatch import make_dispatch_policy
 from arriero.core.errors import ConfigError
 from arriero.vllm.compat import FlexibleArgumentParser, make_arg_parser, validate_parsed_serve_args
 
 WORKER_EXTENSION = "arriero.vllm.worker.ArrieroWorkerExtension"
 
 
-class OneLineParser(FlexibleArgumentParser):  # type: ignore[misc]
+class OneLineParser(FlexibleArgumentParser):
     """Says what is wrong in one line and exits with 2."""
 
     def error(self, message: str) -> NoReturn:
         """See the class."""
-        sys.stderr.write(f"arriero serve: {message} (see 'arriero serve --help')\n")
+        sys.stderr.write(f"arriero serve: {_one_line(message)} (see 'arriero serve --help')\n")
         sys.exit(2)
 
 
@@ -35,6 +36,10 @@ class ServeOptions:
     copy: CopyConfig
     event_log: Path | None
     pin_cores: bool
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
 
 
 def make_parser() -> OneLineParser:
@@ -91,14 +96,19 @@ def make_parser() -> OneLineParser:
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, ServeOptions]:
     """vLLM's arguments and ours. Raises ConfigError; unknown flags exit with 2."""
-    args = make_parser().parse_args(argv)
+    try:
+        args = make_parser().parse_args(argv)
+    except Exception as error:
+        if "--config" not in argv:
+            raise
+        raise ConfigError(f"--config: {_one_line(error)}") from error  # a file with anything in it
     if args.model_tag is not None:
         args.model = args.model_tag
     args.api_server_count = 1 if args.api_server_count is None else args.api_server_count
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_one_line(error)) from error
     _refuse_conflicts(args)
     args.worker_extension_cls = WORKER_EXTENSION
     return args, _options(args)
@@ -115,6 +125,9 @@ def _options(args: argparse.Namespace) -> ServeOptions:
     )
     if args.event_log is not None and not args.event_log.absolute().parent.is_dir():
         raise ConfigError(f"--event-log {args.event_log}: there is no folder {args.event_log.absolute().parent}")
+    if args.event_log is not None and args.event_log.is_dir():
+        raise ConfigError(f"--event-log {args.event_log} is a folder: name a file")
+    make_dispatch_policy(args.dispatch_policy)  # raises ConfigError now, not when everything else is set up
     return ServeOptions(
         num_instances=args.instances,
         engine=args.engine,

@@ -35,9 +35,9 @@ class KvBlocks:
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         """Raises TransportError if the layout can't be moved block by block."""
-        distinct = list({t.data_ptr(): t for t in tensors if isinstance(t, torch.Tensor)}.values())
-        if not distinct:
-            raise TransportError("the model has no KV tensors of a known kind")
+        if not tensors or not all(isinstance(t, torch.Tensor) for t in tensors):
+            raise TransportError("the model has no KV tensors of a known kind, or has other state beside them")
+        distinct = list({t.data_ptr(): t for t in tensors}.values())
         if len(distinct) != len({id(t) for t in tensors}):
             raise TransportError("layers share KV tensors")
         first = distinct[0]
@@ -52,6 +52,7 @@ class KvBlocks:
             dtype=str(first.dtype),
             shape=tuple(first.shape[1:]),
         )
+        self._num_blocks = len(rows[0])
         self._layers: Sequence[_HostLayer | _DeviceLayer]
         if first.device.type == "cpu":
             self._layers = [_HostLayer(row.numpy()) for row in rows]
@@ -77,7 +78,9 @@ class KvBlocks:
         need = math.prod(shape)
         if stage.nbytes < need:
             raise TransportError(f"staging memory holds {stage.nbytes} bytes, {need} are needed")
-        return np.frombuffer(stage, dtype=np.uint8, count=need).reshape(shape)
+        if len(index) and not 0 <= index.min() <= index.max() < self._num_blocks:
+            raise TransportError(f"blocks {index.min()}..{index.max()} are named, there are {self._num_blocks} blocks")
+        return np.ndarray(shape, dtype=np.uint8, buffer=stage)
 
 
 class _HostLayer:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 
+from arriero.core.errors import UnavailableError
 from arriero.core.types import Dispatchable
 from arriero.frontend.cluster import Cluster
-from arriero.vllm.compat import AsyncMPClient, BackgroundResources, EngineCoreRequest
+from arriero.vllm.compat import AsyncMPClient, BackgroundResources, EngineCoreRequest, GracefulHTTPError
 
 SHUTDOWN_GRACE_S = 15.0
 """Until instances that do not end by themselves are killed; they need about 2 s on a quiet machine."""
@@ -40,8 +42,11 @@ class ClusterClient(AsyncMPClient):
     # ------------------------------------------------------------------ requests
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
-        """Dispatch a request to an instance."""
-        self.cluster.submit(request, facts_of(request), request.external_req_id or request.request_id)
+        """Dispatch a request to an instance; clients get HTTP 503 if none is ready."""
+        try:
+            self.cluster.submit(request, facts_of(request), request.external_req_id or request.request_id)
+        except UnavailableError as error:
+            raise GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from error
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """The client has gone, or a stop string was found."""

@@ -6,9 +6,12 @@ version :func:`self_check` says which symbol is missing or has changed instead o
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
 import inspect
-import re
+import textwrap
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +63,7 @@ SYMBOLS: tuple[Symbol, ...] = (
     Symbol("vllm.v1.engine", "EngineCoreOutput", ("request_id", "new_token_ids", "finish_reason")),
     Symbol("vllm.v1.engine", "UtilityOutput", ("call_id", "failure_message", "result")),
     Symbol("vllm.v1.engine", "FinishReason", attributes=("ERROR",)),
+    Symbol("vllm.exceptions", "GracefulHTTPError", ("message", "http_status")),
     # server
     Symbol("vllm.entrypoints.launchers.cli_args", "make_arg_parser", ("parser",)),
     Symbol("vllm.entrypoints.launchers.cli_args", "validate_parsed_serve_args", ("args",)),
@@ -217,17 +221,34 @@ def missing_symbols() -> list[str]:
             continue
         missing += [f"{where}.{a}" for a in symbol.attributes if not hasattr(found, a)]
         missing += [f"{where}().{a}" for a in symbol.assigned if not _assigns(found, a)]
-        if symbol.parameters:
-            have = inspect.signature(found).parameters
-            missing += [f"{where}({p}=...)" for p in symbol.parameters if p not in have]
+        missing += [f"{where}({p}=...)" for p in symbol.parameters if p not in _parameters(found)]
     return missing
 
 
-def _assigns(cls: type, name: str) -> bool:
+def _parameters(found: Any) -> Collection[str]:
+    try:
+        return inspect.signature(found).parameters
+    except (TypeError, ValueError):  # no longer callable
+        return ()
+
+
+def _assigns(found: Any, name: str) -> bool:
     """Whether some method of the class or its bases assigns ``self.name``, or it is an attribute of the class."""
-    pattern = re.compile(rf"\bself\.{name}\b[^=\n]*=(?!=)")
-    return hasattr(cls, name) or any(
-        pattern.search(inspect.getsource(base)) for base in cls.__mro__ if base.__module__.startswith("vllm.")
+    bases = [base for base in getattr(found, "__mro__", ()) if base.__module__.startswith("vllm.")]
+    return hasattr(found, name) or any(name in _assigned(base) for base in bases)
+
+
+@functools.cache
+def _assigned(cls: type) -> frozenset[str]:
+    """Every NAME in ``self.NAME = ...`` in the source of a class."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    return frozenset(
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
     )
 
 

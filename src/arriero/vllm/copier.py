@@ -15,7 +15,7 @@ import zmq
 from arriero.core.errors import TransportError
 from arriero.core.llumlet import Export
 from arriero.core.types import MigrationId, RequestId
-from arriero.vllm.worker import CopyDone, CopyJob
+from arriero.vllm.worker import CopyDone, CopyJob, RestOfImport
 
 Copied = Callable[[MigrationId, Export | None, str | None], None]
 
@@ -80,7 +80,7 @@ class Copier:
 
     def start_import(self, migration_id: MigrationId, block_ids: list[int], tickets: Any, share: float) -> None:
         """Rank r imports what rank r exported. Raises TransportError if the ranks differ in number."""
-        self._check_ranks(tickets)
+        self.check_ranks(tickets)
         for rank, orders in enumerate(self._orders):
             job = CopyJob(
                 migration_id=migration_id, kind="import", block_ids=block_ids, ticket=tickets[rank], share=share
@@ -97,11 +97,9 @@ class Copier:
         state = next((s for _, s in results if s is not None), None)
         return replace(merge([done for done, _ in results if done is not None]), sampler_state=state)
 
-    def import_rest(self, migration_id: MigrationId, block_ids: list[int], tickets: Any) -> Export:
-        """Between two steps: import now."""
-        self._check_ranks(tickets)
-        done = self._rpc("arriero_import_rest", args=(migration_id, block_ids, tickets))
-        return replace(merge(done), ticket=None)
+    def admit(self, state: dict[str, Any], sampler_state: bytes | None, rest: RestOfImport | None) -> None:
+        """Between two steps: import the rest, and let the model runners know the request. Raises TransportError."""
+        merge(self._rpc("arriero_admit", args=(state, sampler_state, rest)))
 
     def close(self) -> None:
         """Close sockets and remove their folder."""
@@ -113,7 +111,8 @@ class Copier:
         for orders in self._orders:
             orders.send(data)
 
-    def _check_ranks(self, tickets: Any) -> None:
+    def check_ranks(self, tickets: Any) -> None:
+        """Raise TransportError unless there is a ticket for every rank."""
         if not isinstance(tickets, list) or len(tickets) != self._world_size:
             ranks = len(tickets) if isinstance(tickets, list) else 0
             raise TransportError(f"the source has {ranks} ranks, this instance has {self._world_size}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import queue
 import signal
 import sys
 import threading
@@ -69,6 +70,7 @@ class ArrieroEngineCore(EngineCoreProc):
         self._spec = spec
         self._llumlet: Llumlet | None = None
         self._num_steps = 0
+        self._step_s = 0.0  # moving average
         self._pushed_s = 0.0
         self._dirty = True
         super().__init__(
@@ -143,9 +145,23 @@ class ArrieroEngineCore(EngineCoreProc):
         if not self.has_work() and self.input_queue.empty():
             self._push_snapshot(force=True)
         super()._process_input_queue()
+        self._hold_the_door()
+
+    def _hold_the_door(self) -> None:
+        """Wait a moment for a request that is about to move in, see core/door.py."""
+        assert self._llumlet is not None
+        while self.has_work() and (wait_s := self._llumlet.door.hold_for(time.monotonic(), self._step_s)) > 0:
+            try:
+                request = self.input_queue.get(timeout=wait_s)
+            except queue.Empty:
+                continue
+            self._handle_client_request(*request)
 
     def _process_engine_step(self) -> bool:
+        started = time.monotonic()
         executed: bool = super()._process_engine_step()
+        if executed:
+            self._step_s += 0.2 * (time.monotonic() - started - self._step_s)
         self._num_steps += 1
         self._dirty = True
         assert self._llumlet is not None

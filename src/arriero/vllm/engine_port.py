@@ -16,6 +16,7 @@ from arriero.core.llumlet import RequestStatus as Status
 from arriero.core.types import InstanceId, InstanceSnapshot, MigrationId, Phase, RequestId, RequestSnapshot
 from arriero.vllm.compat import Request, RequestStatus
 from arriero.vllm.copier import Copier
+from arriero.vllm.worker import RestOfImport
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,6 +50,7 @@ class VllmEnginePort:
         self._parked: dict[RequestId, Request] = {}
         self._reserved: dict[RequestId, Request] = {}
         self.block_size: int = self._scheduler.block_size
+        self._rest: RestOfImport | None = None
         self.num_preemptions = 0
         self._immovable = copier.unsupported or self._unsupported_cache()
 
@@ -217,22 +219,23 @@ class VllmEnginePort:
     def import_rest(
         self, migration_id: MigrationId, request_id: RequestId, first: int, end: int, ticket: Any
     ) -> Export:
-        """See the port."""
-        return self._copier.import_rest(migration_id, self._block_ids(request_id)[first:end], ticket)
+        """See the port. The import travels with the worker call of :meth:`admit`: one less in the pause."""
+        self._copier.check_ranks(ticket)
+        ids = self._block_ids(request_id)[first:end]
+        self._rest = RestOfImport(migration_id=migration_id, block_ids=ids, tickets=ticket)
+        return Export(ticket=None, num_bytes=len(ids) * self._copier.bytes_per_block)
 
     @_contained
     def admit(self, request_id: RequestId, num_computed_tokens: int, sampler_state: bytes | None) -> None:
         """See the port. As if preempted with its blocks kept: it is scheduled as *resumed*, for one token."""
         request = self._reserved[request_id]
+        rest, self._rest = self._rest, None
+        if num_computed_tokens or request.num_output_tokens:
+            self._copier.admit(self._runner_state(request, num_computed_tokens), sampler_state, rest)
+            request.status = RequestStatus.PREEMPTED
         if num_computed_tokens:
-            self._kv.allocate_slots(request, num_computed_tokens, delay_cache_blocks=True)
             request.num_computed_tokens = num_computed_tokens
             self._kv.cache_blocks(request, num_computed_tokens)
-        if num_computed_tokens or request.num_output_tokens:
-            request.status = RequestStatus.PREEMPTED
-            self._engine.collective_rpc(
-                "arriero_admit", args=(self._runner_state(request, num_computed_tokens), sampler_state)
-            )
         del self._reserved[request_id]
         self._scheduler.add_request(request)
         request.events.clear()  # a second QUEUED would spoil the client's metrics

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import torch
 import zmq
+from msgspec import structs
 
 from arriero.core.errors import ArrieroError, TransportError
 from arriero.transport.port import BlockTransport
@@ -43,6 +44,14 @@ class CopyDone(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
+class RestOfImport(msgspec.Struct, frozen=True, kw_only=True):
+    """The last blocks of a request that is admitted."""
+
+    migration_id: str
+    block_ids: list[int]
+    tickets: list[Any]  #: by rank
+
+
 class ArrieroWorkerExtension:
     """Methods that the engine calls with `collective_rpc`; all names start with ``arriero_``."""
 
@@ -61,7 +70,7 @@ class ArrieroWorkerExtension:
         self._arriero_transport: BlockTransport = SharedMemoryTransport(f"{prefix}-r{self.rank}")
         atexit.register(self._arriero_transport.close)
         # Staged bytes of a peer are mapped read-only; they are only read.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         threading.Thread(
             target=self._arriero_copy_loop, args=(f"{orders}-{self.rank}", reports), daemon=True, name="arriero copies"
         ).start()
@@ -121,12 +130,6 @@ class ArrieroWorkerExtension:
             done = self._arriero_run(CopyJob(migration_id=migration_id, kind="export", block_ids=block_ids))
         return done, self._arriero_generator_state(request_id)
 
-    def arriero_import_rest(self, migration_id: str, block_ids: list[int], tickets: list[Any]) -> CopyDone:
-        """The last blocks, between two steps."""
-        return self._arriero_run(
-            CopyJob(migration_id=migration_id, kind="import", block_ids=block_ids, ticket=tickets[self.rank])
-        )
-
     # ------------------------------------------------------------------ state of the V1 model runner
 
     def _arriero_generator_state(self, request_id: str) -> bytes | None:
@@ -134,7 +137,17 @@ class ArrieroWorkerExtension:
         generator = getattr(state, "generator", None)
         return None if generator is None else bytes(generator.get_state().numpy().tobytes())
 
-    def arriero_admit(self, state: dict[str, Any], sampler_state: bytes | None) -> None:
+    def arriero_admit(self, state: dict[str, Any], sampler_state: bytes | None, rest: RestOfImport | None) -> CopyDone:
+        """Import the last blocks, then let the model runner know the request, between two steps."""
+        done = CopyDone(migration_id="", rank=self.rank)
+        if rest is not None:
+            job = CopyJob(migration_id=rest.migration_id, kind="import", block_ids=rest.block_ids)
+            done = self._arriero_run(structs.replace(job, ticket=rest.tickets[self.rank]))
+        if done.error is None:
+            self._arriero_add_to_runner(state, sampler_state)
+        return done
+
+    def _arriero_add_to_runner(self, state: dict[str, Any], sampler_state: bytes | None) -> None:
         """Let the V1 runner know a request that arrives with output tokens.
 
         It keeps prompt and output apart, which the resumed path alone would not. The V2 runner takes a resumed

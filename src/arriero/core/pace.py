@@ -1,0 +1,45 @@
+"""The pace of each instance's steps, as seen from outside: when will its next step end?"""
+
+from __future__ import annotations
+
+from arriero.core.types import InstanceId
+
+_WEIGHT = 0.2  # of the newest step in the moving average
+_PAUSE = 5.0  # a gap of so many average steps is idleness, not a step
+
+
+class StepPace:
+    """Moving average of the time between two batches of outputs of an instance."""
+
+    def __init__(self) -> None:
+        self._last_s: dict[InstanceId, float] = {}
+        self._period_s: dict[InstanceId, float] = {}
+
+    def step_ended(self, instance: InstanceId, now: float) -> None:
+        """Outputs of a step have arrived."""
+        last = self._last_s.get(instance)
+        self._last_s[instance] = now
+        if last is None:
+            return
+        gap = now - last
+        period = self._period_s.get(instance)
+        if period is None:
+            self._period_s[instance] = gap
+        elif gap < _PAUSE * period:
+            self._period_s[instance] = period + _WEIGHT * (gap - period)
+
+    def next_end_in(self, instance: InstanceId, now: float) -> float:
+        """Seconds until the step that runs now ends; 0 if unknown or overdue."""
+        period = self._period_s.get(instance)
+        if period is None:
+            return 0.0
+        return max(0.0, self._last_s[instance] + period - now)
+
+    def since_last_end(self, instance: InstanceId, now: float) -> float:
+        """Seconds since the last step ended; 0 before the first."""
+        return now - self._last_s.get(instance, now)
+
+    def forget(self, instance: InstanceId) -> None:
+        """The instance is gone."""
+        self._last_s.pop(instance, None)
+        self._period_s.pop(instance, None)
