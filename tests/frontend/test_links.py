@@ -15,11 +15,13 @@ import zmq.asyncio
 
 from arriero.core.errors import ArrieroError
 from arriero.core.messages import (
+    OPERATIONS,
     Answer,
     Commit,
     Copy,
     Detach,
     Drop,
+    Expect,
     Load,
     Locate,
     Message,
@@ -45,6 +47,7 @@ PREPARING: tuple[Message, ...] = (
     Reserve(**IDS, num_tokens=1),
     Copy(**IDS, first=0, epoch=0),
     Load(**IDS, first=0, end=1, ticket=None, known=0),
+    Expect(**IDS, in_s=0.1),
     Detach(**IDS, first=0, epoch=0),
 )
 DECIDING: tuple[Message, ...] = (
@@ -299,6 +302,11 @@ async def test_an_error_behind_the_links_does_not_stop_the_listener(
 
 
 # ---------------------------------------------------------------------- operations
+
+
+def test_every_operation_either_prepares_or_decides() -> None:
+    """A new one must be put on one of the two sides, here and in the links."""
+    assert {type(m) for m in PREPARING} | {type(m) for m in DECIDING} == set(OPERATIONS)
 
 
 @pytest.mark.parametrize("message", PREPARING + DECIDING, ids=lambda m: type(m).__name__)

@@ -9,7 +9,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,58 @@ async def test_an_instance_that_dies_leaves_no_worker_behind(world: World) -> No
     os.kill(pid, signal.SIGUSR1)
     assert await world.heard.next() == ("exit", 0, 9)
     assert wait_for_end(worker)
+
+
+@pytest.fixture
+def segment() -> Iterator[Callable[[str], Path]]:
+    """Makes names of files in shared memory that are of this test alone; none of them is left."""
+    made: list[Path] = []
+
+    def name(end: str) -> Path:
+        made.append(Path(f"/dev/shm/arriero-test.{os.getpid()}-{end}"))
+        return made[-1]
+
+    yield name
+    for path in made:
+        path.unlink(missing_ok=True)
+
+
+MAPS_AND_STAYS = (
+    "import mmap, pathlib\n"
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    "maps = []\n"
+    "for name in payload.decode().split():\n"
+    "    path = pathlib.Path(name.replace('OWN', str(os.getpid())))\n"
+    "    path.touch()\n"
+    "    os.truncate(path, 4096)\n"
+    "    maps.append(mmap.mmap(os.open(path, os.O_RDWR), 4096))\n"
+    f"report_stage('mapped')\nwhile True: {FOR_EVER}"
+)
+
+
+async def test_a_killed_instance_leaves_no_shared_memory_behind(world: World, segment: Callable[[str], Path]) -> None:
+    """vLLM's message queues, whose names say nothing; and its own segments of the block transport."""
+    queue = segment("message-queue")
+    pid = world.start(MAPS_AND_STAYS, payload=f"{queue} {segment('OWN-0')}".encode())
+    own = segment(f"{pid}-0")
+    assert await world.heard.stage() == "mapped"
+    assert queue.exists()
+    assert own.exists()
+    world.launcher.stop(0, 0.05)
+    assert not queue.exists()
+    assert not own.exists()
+
+
+async def test_shared_memory_that_a_peer_owns_outlives_the_instance_that_reads_it(
+    world: World, segment: Callable[[str], Path]
+) -> None:
+    peers, unmapped = segment(f"{os.getpid()}-0"), segment("unmapped")
+    unmapped.touch()
+    world.start(MAPS_AND_STAYS, payload=str(peers).encode())
+    assert await world.heard.stage() == "mapped"
+    world.launcher.stop(0, 0.05)
+    assert peers.exists()
+    assert unmapped.exists()
 
 
 async def test_stop_all_ends_all_from_another_thread_and_every_end_is_seen(world: World) -> None:

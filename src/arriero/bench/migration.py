@@ -138,6 +138,7 @@ class Bench:
         return {
             "ok": True,
             "source": source,
+            "ttft_ms": _ms(reply.ttft_s),
             **seen_by_client(reply.chunks, first, started_s),
             "server_gap_ms": (await self._find(call))["paused_ms"],
             "total_ms": _ms(moved["total_s"]),

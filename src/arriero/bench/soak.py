@@ -163,7 +163,7 @@ class Soak:
             "stream": case.body["stream"],
             "num_tokens": call.reply.num_tokens,
             "is_cut": is_cut,
-            "fault": None if is_cut else fault(case, call.reply),
+            "fault": call.reply.error if is_cut else fault(case, call.reply),
             "difference": difference(call.reply, reference, is_cut=is_cut),
         }
 

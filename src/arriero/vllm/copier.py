@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from arriero.core.config import CopyConfig
 from arriero.core.errors import TransportError
 from arriero.core.llumlet import Export
 from arriero.core.types import MigrationId, RequestId
@@ -23,7 +24,7 @@ Copied = Callable[[MigrationId, Export | None, str | None], None]
 class Copier:
     """Starts copies on every rank; ``on_copied`` is called on a thread of its own when all have reported."""
 
-    def __init__(self, collective_rpc: Callable[..., list[Any]], *, prefix: str, slice_bytes: int) -> None:
+    def __init__(self, collective_rpc: Callable[..., list[Any]], *, prefix: str, config: CopyConfig) -> None:
         self._rpc = collective_rpc
         self._folder = tempfile.TemporaryDirectory(prefix="arriero-")
         orders = f"ipc://{Path(self._folder.name) / 'orders'}"
@@ -31,7 +32,7 @@ class Copier:
         self._context = zmq.Context()
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.bind(reports)
-        opened = collective_rpc("arriero_open", args=(orders, reports, prefix, slice_bytes))
+        opened = collective_rpc("arriero_open", args=(orders, reports, prefix, config.slice_bytes, config.stage_bytes))
         self.unsupported: str | None = next((o["error"] for o in opened if "error" in o), None)
         self.bytes_per_block = 1
         if self.unsupported is None:

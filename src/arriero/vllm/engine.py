@@ -104,7 +104,7 @@ class ArrieroEngineCore(EngineCoreProc):
     def open_llumlet(self) -> None:
         """Give the engine its llumlet; after construction, before the loop runs."""
         spec = self._spec
-        copier = Copier(self.collective_rpc, prefix=spec.shm_prefix, slice_bytes=spec.copy.slice_bytes)
+        copier = Copier(self.collective_rpc, prefix=spec.shm_prefix, config=spec.copy)
         self._port = VllmEnginePort(self, copier, spec.copy)
         self._llumlet = Llumlet(self._port, spec.migration)
         copier.listen(self._on_copied)

@@ -8,11 +8,13 @@ and through the first one every copy would wait for a step.
 from __future__ import annotations
 
 import atexit
+import mmap
 import threading
 import warnings
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 import zmq
 from msgspec import structs
@@ -60,7 +62,9 @@ class ArrieroWorkerExtension:
 
     # ------------------------------------------------------------------ life
 
-    def arriero_open(self, orders: str, reports: str, prefix: str, slice_bytes: int) -> dict[str, Any]:
+    def arriero_open(
+        self, orders: str, reports: str, prefix: str, slice_bytes: int, stage_bytes: int
+    ) -> dict[str, Any]:
         """Open the transport and start the copy thread; returns the block layout, or why there is none."""
         try:
             self._arriero_blocks = KvBlocks(self.model_runner.kv_caches)
@@ -69,12 +73,19 @@ class ArrieroWorkerExtension:
         self._arriero_slice_bytes = slice_bytes
         self._arriero_transport: BlockTransport = SharedMemoryTransport(f"{prefix}-r{self.rank}")
         atexit.register(self._arriero_transport.close)
+        self._arriero_touch(stage_bytes)
         # Staged bytes of a peer are mapped read-only; they are only read.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         threading.Thread(
             target=self._arriero_copy_loop, args=(f"{orders}-{self.rank}", reports), daemon=True, name="arriero copies"
         ).start()
         return {"layout": msgspec.to_builtins(self._arriero_blocks.layout)}
+
+    def _arriero_touch(self, num_bytes: int) -> None:
+        """Have staging memory ready: the first touch of a page costs more than the copy into it."""
+        stage = np.frombuffer(self._arriero_transport.stage("touch", num_bytes), dtype=np.uint8)
+        stage[:: mmap.PAGESIZE] = 0
+        self._arriero_transport.release("touch")
 
     def _arriero_copy_loop(self, orders: str, reports: str) -> None:
         context = zmq.Context()

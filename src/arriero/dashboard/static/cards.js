@@ -29,11 +29,12 @@ export class Cards {
     this.#drop(this.#rows, new Set(requests.map((r) => r.id)));
     for (const request of requests) this.#row(request).update(request, now);
     const limit = Math.max(4, Math.floor(MAX_ROWS / Math.max(1, ordered.length)));
-    const groups = Map.groupBy ? Map.groupBy(requests, (r) => r.instance) : groupBy(requests, (r) => r.instance);
+    const rowsOf = new Map(instances.map((i) => [i.id, []]));
+    for (const request of requests) rowsOf.get(request.instance)?.push(this.#rows.get(request.id));
     let next = null;
     for (const instance of ordered.reverse()) {
       const card = this.#card(instance.id);
-      const rows = (groups.get(instance.id) ?? []).map((r) => this.#rows.get(r.id));
+      const rows = rowsOf.get(instance.id);
       card.update(instance, rows.slice(0, limit), rows.slice(limit));
       if (card.node.parentNode !== this.#grid || card.node.nextSibling !== next) this.#grid.insertBefore(card.node, next);
       next = card.node;
@@ -139,13 +140,3 @@ class Card {
 }
 
 const isDead = (instance) => Number(instance.state === "dead");
-
-function groupBy(items, keyOf) {
-  const groups = new Map();
-  for (const item of items) {
-    const key = keyOf(item);
-    if (!groups.has(key)) groups.set(key, []);
-    groups.get(key).push(item);
-  }
-  return groups;
-}

@@ -16,6 +16,8 @@ export class Chart {
   #plot;
   #legend;
   #when;
+  #note;
+  #key; // what the note says when no move is picked
   #history;
   #moves = [];
   #now = 0;
@@ -23,10 +25,12 @@ export class Chart {
   #focus = null;
   #items = new Map(); // instance -> its legend entry's value
 
-  constructor({ plot, legend, when, history }) {
+  constructor({ plot, legend, when, note, history }) {
     this.#plot = plot;
     this.#legend = legend;
     this.#when = when;
+    this.#note = note;
+    this.#key = note.textContent;
     this.#history = history;
     plot.addEventListener("pointermove", (event) => {
       this.#pointerX = event.clientX - plot.getBoundingClientRect().left;
@@ -105,11 +109,10 @@ export class Chart {
       }
       setText(this.#items.get(instance).value, percent(this.#history.shareAt(instance, picked?.at ?? this.#now)));
     }
-    setText(this.#when, picked ? whenText(picked) : "last 2 minutes");
+    setText(this.#when, picked ? clock(picked.at) : "last 2 minutes");
+    setText(this.#note, picked?.move ? moveText(picked.move) : this.#key);
   }
 }
-
-const whenText = ({ at, move }) => (move ? `${clock(at)}  ${moveText(move)}` : clock(at));
 
 /** Pixels for times and shares. */
 class Scale {

@@ -17,7 +17,13 @@ const at = (id) => document.getElementById(id);
 const memory = new MemoryHistory();
 const serverClock = new ServerClock();
 const log = new EventList({ list: at("events"), empty: at("no-events"), filter: at("filter"), clock: serverClock });
-const chart = new Chart({ plot: at("chart"), legend: at("legend"), when: at("chart-when"), history: memory });
+const chart = new Chart({
+  plot: at("chart"),
+  legend: at("legend"),
+  when: at("chart-when"),
+  note: at("chart-note"),
+  history: memory,
+});
 const cards = new Cards(at("cards"), { migrate, onFocus: (instance) => chart.focus(instance) });
 
 // ---------------------------------------------------------------- polling

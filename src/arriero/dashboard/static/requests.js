@@ -45,6 +45,7 @@ export class RequestRow {
     setText(tokens, count(request.prompt_tokens + request.output_tokens));
     tokens.title = `prompt ${count(request.prompt_tokens)}, output ${count(request.output_tokens)}`;
     setText(moves, count(request.moves));
+    this.node.classList.toggle("unmoved", request.moves === 0);
     setText(pause, request.paused_ms ? milliseconds(request.paused_ms) : "–");
     this.#button.disabled = request.state === "moving" || Boolean(request.unmovable);
     this.#button.title = request.unmovable ? `cannot move: ${request.unmovable}` : "";
@@ -82,7 +83,7 @@ export class RequestRow {
     const mode = element("select", { "aria-label": "mode" });
     for (const [value, text] of Object.entries(MODES)) mode.append(element("option", { value }, text));
     const go = element("button", { type: "submit", class: "primary" }, "Move");
-    const fields = targets.length ? [label("to", to), label("mode", mode), go] : ["No other instance is ready."];
+    const fields = targets.length ? [element("label", {}, "to ", to), mode, go] : ["No other instance is ready."];
     this.#form = element("form", { class: "move" }, ...fields);
     this.#form.addEventListener("submit", (event) => {
       event.preventDefault();
@@ -105,5 +106,3 @@ export class RequestRow {
     setText(this.#button, "move");
   }
 }
-
-const label = (text, control) => element("label", {}, element("span", {}, text), control);
