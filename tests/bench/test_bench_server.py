@@ -62,7 +62,7 @@ def test_a_server_is_ready_when_it_answers_and_gone_after_the_block(port: int, t
         assert server.is_healthy()
         assert server.url == f"http://127.0.0.1:{port}"
         processes = server.processes()
-        assert [p.pid for p in processes][0] == server.pid
+        assert processes[0].pid == server.pid
         assert len(processes) == 2
         assert all(p["cores"] for p in server.describe_processes())
     assert server.exit_code == 0
@@ -77,7 +77,10 @@ def test_a_server_ends_with_an_exception_too(port: int, tmp_path: Path) -> None:
     assert server.exit_code == 0
 
 
-def test_what_outlives_its_server_is_killed_and_named(port: int, tmp_path: Path) -> None:
+def test_what_outlives_its_server_is_killed_and_named(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arriero.bench.server.ORPHAN_TIMEOUT_S", 0.2)
     with serving(port, tmp_path / "log", how="stubborn") as server:
         sleeper = server.processes()[1]
     assert [int(s.split()[0]) for s in server.survivors] == [sleeper.pid]
@@ -137,16 +140,22 @@ def test_shared_memory_that_a_server_leaves_is_found(port: int, tmp_path: Path) 
 
 
 def test_sigterm_unwinds_the_stack() -> None:
-    unwound = False
-    with pytest.raises(SystemExit) as leaving, ended_by_signals():
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            signal.pause()
-        finally:
-            unwound = True
+    unwound = []
+
+    def work() -> None:
+        with ended_by_signals():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                signal.pause()
+            finally:
+                unwound.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as leaving:
+        work()
     assert leaving.value.code == 128 + signal.SIGTERM
     assert unwound
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_both_servers_get_the_same_flags() -> None:

@@ -99,8 +99,8 @@ def test_equal_answers_and_logprobs_within_tolerance() -> None:
         (change(text="abd"), "text"),
         (change(finish_reason="stop"), "finish reason"),
         (change(logprobs=[-0.1, -0.2]), "2 logprobs"),
-        (change(logprobs=[-0.1, -0.2, -0.31]), "up to 0.01"),
-        (change(logprobs=[-0.1, -0.2, float("nan")]), "up to nan"),
+        (change(logprobs=[-0.1, -0.2, -0.31]), "1 logprobs differ, the first is -0.31 for -0.3"),
+        (change(logprobs=[-0.1, -0.2, float("nan")]), "nan for -0.3"),
         (reply(choices={}), "missing"),
     ],
 )

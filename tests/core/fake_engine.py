@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from arriero.core.engine_port import Export, RequestStatus
 from arriero.core.errors import ArrieroError, TransportError
-from arriero.core.llumlet import Export, Llumlet, RequestStatus
+from arriero.core.llumlet import Llumlet
 from arriero.core.types import MigrationId, Phase, RequestId
 
 _PRIME = (1 << 61) - 1
@@ -99,6 +100,7 @@ class FakeEngine:
     """One instance's engine. ``fail_next`` names port methods that raise (or copies that fail) once."""
 
     block_size = 4
+    step_s = 0.002  #: how long a step takes, as the door of :mod:`arriero.core.door` is told
 
     def __init__(
         self,
@@ -162,6 +164,8 @@ class FakeEngine:
 
     def step(self, now: float) -> bool:
         """Schedule and execute one batch; process the output of an earlier one. False: nothing to do."""
+        if self.busy and self._llumlet.door.hold_for(now, self.step_s) > 0:
+            return True
         batch = self._schedule()
         if batch:
             self._pipeline.append(batch)

@@ -16,6 +16,7 @@ from arriero.core.messages import (
     Copy,
     Detach,
     Drop,
+    Expect,
     Load,
     Locate,
     Message,
@@ -544,6 +545,15 @@ def test_a_late_drop_leaves_the_running_request_alone(destination: Bench) -> Non
     assert destination.engine.schedules("r")
 
 
+@pytest.mark.parametrize("ending", [DROP, REPLAY])
+def test_an_announced_commit_is_waited_for_until_it_or_drop_comes(destination: Bench, ending: Message) -> None:
+    destination.ask(RESERVE)
+    assert destination.says(Expect(**ID, in_s=0.01)) == OK
+    assert destination.llumlet.door.hold_for(0.009, 0.1) > 0
+    destination.ask(ending)
+    assert destination.llumlet.door.hold_for(0.009, 0.1) == 0
+
+
 # ---------------------------------------------------------------------- time
 
 
@@ -576,7 +586,9 @@ def test_a_parked_request_that_nobody_reserves_frees_itself(destination: Bench) 
 
 
 def books(llumlet: Llumlet) -> int:
-    return sum(len(book) for book in vars(llumlet).values() if isinstance(book, dict))
+    """Entries in all dicts of both roles."""
+    roles = (llumlet._source, llumlet._destination)
+    return sum(len(book) for role in roles for book in vars(role).values() if isinstance(book, dict))
 
 
 def test_ended_migrations_are_forgotten(source: Bench, destination: Bench) -> None:
@@ -634,8 +646,14 @@ def test_an_unknown_operation_is_an_error(source: Bench) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda books: books._frozen.update(r="m"), "request r is frozen by migration m, which is not detached"),
-        (lambda books: books._arriving.update(r="m"), "request r is reserved by migration m, which has ended"),
+        (
+            lambda books: books._source._frozen.update(r="m"),
+            "request r is frozen by migration m, which is not detached",
+        ),
+        (
+            lambda books: books._destination._arriving.update(r="m"),
+            "request r is reserved by migration m, which has ended",
+        ),
     ],
 )
 def test_contradicting_books_are_noticed(spoil: Callable[[Llumlet], None], message: str) -> None:

@@ -137,6 +137,19 @@ def test_a_request_moves_in_the_middle_of_its_prefill() -> None:
     assert migration.committed
 
 
+def test_a_busy_destination_that_holds_its_door_for_a_commit_loses_nothing() -> None:
+    """Also when the COMMIT that was announced never comes."""
+    cluster, stream, _ = start(LIVE)
+    busy = cluster.submit(replace(SPEC, request_id="busy", num_outputs=30), DESTINATION)
+    cluster.run_until_sent(Op.EXPECT)
+    cluster.deliver((-1, DESTINATION))
+    cluster.crash(SOURCE)
+    assert cluster.step(DESTINATION), "it waits"
+    cluster.quiesce()
+    assert whole(busy)
+    assert whole(stream)
+
+
 def test_the_grammar_is_waited_for_before_detach() -> None:
     """RESERVE is asked again until the destination is ready; meanwhile the source decodes."""
     cluster, _, migration = start(LIVE, spec=replace(LONG, grammar_polls=3), num_blocks=64)
@@ -532,7 +545,7 @@ def test_even_a_release_older_than_its_tombstone_frees_nothing_else() -> None:
     release = next(m for _, m in cluster.sent if isinstance(m, Release))
     cluster.migrate(stream, SOURCE)
     cluster.run_until(lambda: stream.ended and stream.route == SOURCE)
-    cluster.run_until(lambda: not cluster.llumlets[SOURCE]._outgoing)
+    cluster.run_until(lambda: not cluster.llumlets[SOURCE]._source._outgoing)
     cluster.links[-1, SOURCE].append(release)
     cluster.deliver((-1, SOURCE))
     assert cluster.engines[SOURCE].schedules("r")

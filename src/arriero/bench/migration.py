@@ -42,8 +42,7 @@ from arriero.core.types import MigrationMode
 LIVE, RECOMPUTE = MigrationMode.LIVE.value, MigrationMode.RECOMPUTE.value
 IDLE, LOADED = "idle", "loaded"
 
-MAX_GAP_IDLE = 1.3
-MAX_GAP_LOADED = 1.5
+MAX_GAP = {IDLE: 1.3, LOADED: 1.5}  #: over the destination's inter-token time
 MAX_GAP_GROWTH = 1.1  #: longest context over shortest
 MAX_NEIGHBOUR_SLOWDOWN = 1.05
 
@@ -157,8 +156,8 @@ class Bench:
         }
 
     def _start(self, context: int, max_tokens: int) -> Call:
-        body = decode_body(SERVED_NAME, random_prompt(self._rng, context), max_tokens)
-        return self._client.start(COMPLETIONS, body)
+        prompt = random_prompt(self._rng, context)
+        return self._client.start(COMPLETIONS, decode_body(SERVED_NAME, prompt, max_tokens))
 
     async def _find(self, call: Call) -> dict[str, Any]:
         """The request as the admin API shows it."""
@@ -265,23 +264,21 @@ def _summary(samples: Sequence[Sample], cell: tuple[str, int, str]) -> dict[str,
 def targets_of(summary: Sequence[dict[str, Any]]) -> list[Target]:
     """What the issue asks of live migrations; only of what was measured."""
     live = {(row["load"], row["context"]): row for row in summary if row["mode"] == LIVE}
-    limits = {IDLE: MAX_GAP_IDLE, LOADED: MAX_GAP_LOADED}
     targets = [
-        Target.at_most(f"gap over inter-token time, {load}, context {context}", row["ratio"], limits[load])
+        Target.at_most(f"gap over inter-token time, {load}, context {context}", row["ratio"], MAX_GAP[load])
         for (load, context), row in live.items()
     ]
     idle = {context: row["ratio"] for (load, context), row in live.items() if load == IDLE}
     if len(idle) > 1:
         short, long = min(idle), max(idle)
-        growth = idle[long] / idle[short]
-        targets.append(Target.at_most(f"gap at {long} over gap at {short}, each over its own", growth, MAX_GAP_GROWTH))
+        name = f"gap at {long} over gap at {short}, each over its own inter-token time"
+        targets.append(Target.at_most(name, idle[long] / idle[short], MAX_GAP_GROWTH))
     targets += [
         Target.at_most(f"neighbours' inter-token time, context {context}", row["neighbours"], MAX_NEIGHBOUR_SLOWDOWN)
         for (load, context), row in live.items()
         if load == LOADED and row["neighbour_tokens"]
     ]
-    num_failed = sum(row["failed"] for row in summary)
-    return [*targets, Target.at_most("migrations that failed", num_failed, 0)]
+    return [*targets, Target.at_most("migrations that failed", sum(row["failed"] for row in summary), 0)]
 
 
 def describe(sample: Sample) -> str:

@@ -213,12 +213,12 @@ MUTANTS = (
     ),
     Mutant(
         "commit after abort: DROP is acknowledged, the reservation stays",
-        "llumlet.py",
+        "destination.py",
         ('            self._end_incoming(incoming, "dropped", now)\n', "            pass\n"),
     ),
     Mutant(
         "commit after abort: a refused COMMIT may succeed when asked again",
-        "llumlet.py",
+        "destination.py",
         (
             """            incoming.state, incoming.end_reason = _In.DROPPING, "an import is running"
             raise ProtocolError(incoming.end_reason)
@@ -229,7 +229,7 @@ MUTANTS = (
     ),
     Mutant(
         "commit forgotten while the request runs",
-        "llumlet.py",
+        "destination.py",
         ("if incoming.state is _In.COMMITTED and self._engine.find(incoming.request_id) is not None:", "if False:"),
     ),
     Mutant(
@@ -245,7 +245,7 @@ MUTANTS = (
     # The source
     Mutant(
         "free before commit",
-        "llumlet.py",
+        "source.py",
         (
             "                outgoing.state, outgoing.answer = _Out.DETACHED, answer\n",
             """                outgoing.state, outgoing.answer = _Out.DETACHED, answer
@@ -255,7 +255,7 @@ MUTANTS = (
     ),
     Mutant(
         "last block not copied",
-        "llumlet.py",
+        "source.py",
         (
             "        end = -(-num_computed // self._engine.block_size)\n",
             "        end = num_computed // self._engine.block_size\n",
@@ -263,17 +263,17 @@ MUTANTS = (
     ),
     Mutant(
         "missing epoch check",
-        "llumlet.py",
+        "source.py",
         ("        if epoch >= 0 and status.epoch != epoch:\n", "        if False:\n"),
     ),
     Mutant(
         "duplicate token on late output: hand over under a step in flight",
-        "llumlet.py",
+        "source.py",
         ("        if status is not None and status.in_flight:\n", "        if False:\n"),
     ),
     Mutant(
         "double release: no tombstone, no owner",
-        "llumlet.py",
+        "source.py",
         (
             """        if outgoing.state is _Out.ENDED:
             outgoing.seen_s = now
@@ -293,7 +293,7 @@ MUTANTS = (
     ),
     Mutant(
         "release of what another migration holds",
-        "llumlet.py",
+        "source.py",
         (
             """        if released and self._frozen.get(message.request_id) == migration_id:
             del self._frozen[message.request_id]
@@ -305,7 +305,7 @@ MUTANTS = (
     ),
     Mutant(
         "a detached request resumes by itself when its lease runs out",
-        "llumlet.py",
+        "source.py",
         (
             "            if outgoing.state is _Out.COPYING and age > self._config.lease_s:\n",
             "            if outgoing.state in (_Out.COPYING, _Out.DETACHED) and age > self._config.lease_s:\n",
@@ -313,7 +313,7 @@ MUTANTS = (
     ),
     Mutant(
         "a repeated COPY exports again",
-        "llumlet.py",
+        "source.py",
         (
             "        if outgoing.answer is not None and message.first != outgoing.answer.end:\n",
             "        if False:\n",
@@ -321,7 +321,7 @@ MUTANTS = (
     ),
     Mutant(
         "staging memory freed under an export",
-        "llumlet.py",
+        "source.py",
         (
             """        if not outgoing.exporting:
             self._engine.close_export(migration_id)
@@ -332,7 +332,7 @@ MUTANTS = (
     ),
     Mutant(
         "staging memory leaks",
-        "llumlet.py",
+        "source.py",
         (
             """        if not outgoing.exporting:
             self._engine.close_export(migration_id)
@@ -343,7 +343,7 @@ MUTANTS = (
     # The destination
     Mutant(
         "leak on refused reserve",
-        "llumlet.py",
+        "destination.py",
         (
             """            except ArrieroError:
                 self._discard_parked(message.request_id)
@@ -357,7 +357,7 @@ MUTANTS = (
     ),
     Mutant(
         "lease expiry during an import frees the blocks",
-        "llumlet.py",
+        "destination.py",
         (
             "            if incoming.state is _In.RESERVED and age > self._config.lease_s:\n",
             "            if incoming.state in (_In.RESERVED, _In.IMPORTING) and age > self._config.lease_s:\n",
@@ -365,7 +365,7 @@ MUTANTS = (
     ),
     Mutant(
         "DROP during an import frees the blocks",
-        "llumlet.py",
+        "destination.py",
         (
             '            incoming.state, incoming.end_reason = _In.DROPPING, "dropped"\n',
             '            self._end_incoming(incoming, "dropped", now)\n',
@@ -373,7 +373,7 @@ MUTANTS = (
     ),
     Mutant(
         "tokens told twice",
-        "llumlet.py",
+        "destination.py",
         ("        news = output_token_ids[incoming.known - known :]\n", "        news = output_token_ids\n"),
     ),
     # The owner

@@ -31,6 +31,7 @@ LOGS = Path("results") / "logs"
 SHM = Path("/dev/shm")
 SERVED_NAME = "smollm2"
 STOP_TIMEOUT_S = 30.0
+ORPHAN_TIMEOUT_S = 5.0  #: children of an ended front end may take a moment to see it
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
@@ -227,8 +228,7 @@ class Server:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self.exit_code = self._process.wait()
-        # Children of an ended front end may take a moment to see it.
-        _, alive = psutil.wait_procs(tree[1:], timeout=5.0)
+        _, alive = psutil.wait_procs(tree[1:], timeout=ORPHAN_TIMEOUT_S)
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if process.status() != psutil.STATUS_ZOMBIE:

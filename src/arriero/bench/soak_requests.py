@@ -119,8 +119,7 @@ def difference(reply: Reply, reference: Reply, *, is_cut: bool = False) -> str |
             return f"sequence {index} is missing"
         size = len(got.token_ids) if is_cut else len(wanted.token_ids)
         if got.token_ids != wanted.token_ids[:size]:
-            pairs = itertools.takewhile(lambda p: p[0] == p[1], zip(got.token_ids, wanted.token_ids, strict=False))
-            same, came = sum(1 for _ in pairs), len(got.token_ids)
+            same, came = _num_common(got.token_ids, wanted.token_ids), len(got.token_ids)
             return f"sequence {index}: {same} tokens are equal, {came} came, the reference has {len(wanted.token_ids)}"
         if not (wanted.text.startswith(got.text) if is_cut else got.text == wanted.text):
             return f"sequence {index}: the tokens are equal, the text is not"
@@ -128,7 +127,11 @@ def difference(reply: Reply, reference: Reply, *, is_cut: bool = False) -> str |
             return f"sequence {index}: finish reason {got.finish_reason}, not {wanted.finish_reason}"
         if not is_cut and len(got.logprobs) != len(wanted.logprobs):
             return f"sequence {index}: {len(got.logprobs)} logprobs, not {len(wanted.logprobs)}"
-        apart = max((abs(a - b) for a, b in zip(got.logprobs, wanted.logprobs, strict=False)), default=0.0)
-        if not apart <= LOGPROB_TOLERANCE:
-            return f"sequence {index}: logprobs differ by up to {apart:.2g}"
+        pairs = zip(got.logprobs, wanted.logprobs, strict=False)
+        if far := [f"{a} for {b}" for a, b in pairs if not abs(a - b) <= LOGPROB_TOLERANCE]:
+            return f"sequence {index}: {len(far)} logprobs differ, the first is {far[0]}"
     return None
+
+
+def _num_common(one: list[int], other: list[int]) -> int:
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

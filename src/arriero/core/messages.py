@@ -7,6 +7,7 @@ count the request's own blocks from its first token: ``[first, end)``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -143,6 +144,8 @@ class Answer:
     sampler_state: bytes | None = None  #: DETACH
 
 
+Reply = Callable[[Answer], None]
+
 OPERATIONS: dict[type[Message], Op] = {
     Locate: Op.LOCATE,
     Reserve: Op.RESERVE,
@@ -155,3 +158,8 @@ OPERATIONS: dict[type[Message], Op] = {
     Resume: Op.RESUME,
     Drop: Op.DROP,
 }
+
+
+def refusal(message: Message, reason: str) -> Answer:
+    """The answer that says no to ``message``."""
+    return Answer(migration_id=message.migration_id, op=OPERATIONS[type(message)], ok=False, reason=reason)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,6 +38,16 @@ from arriero.observe.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+LOAD_FIELDS = (
+    "running",
+    "waiting",
+    "blocks_used",
+    "blocks_total",
+    "block_size",
+    "preemptions",
+    "incoming",
+    "freeness",
+)
 REPLAY_RETRY_S = 0.25
 REPLAY_DEADLINE_S = 60.0
 
@@ -78,6 +89,7 @@ class Cluster:
         self._make_spec = make_spec
         self._tasks: set[asyncio.Task[None]] = set()
         self._pauses: dict[RequestId, MigrationReport] = {}
+        self._replaying: set[RequestId] = set()
 
     # ------------------------------------------------------------------ life
 
@@ -275,27 +287,41 @@ class Cluster:
     # ------------------------------------------------------------------ replay
 
     def _replay(self, request: LiveRequest) -> None:
-        """Continue a request whose KV cache is lost: prompt and delivered tokens are prefilled again."""
-        if self.requests.get(request.request_id) is request:
+        """Continue a request whose KV cache is lost: prompt and delivered tokens are prefilled again.
+
+        One task a request sees to it, however many of its replays fail: two would run the request twice.
+        """
+        request_id = request.request_id
+        if self.requests.get(request_id) is request and request_id not in self._replaying:
+            self._replaying.add(request_id)
             self._spawn(self._replay_until_placed(request))
 
     async def _replay_until_placed(self, request: LiveRequest) -> None:
         deadline = self.clock() + REPLAY_DEADLINE_S
-        while self.requests.get(request.request_id) is request and self.clock() < deadline:
-            try:
-                destination = self.scheduler.dispatch(request.facts)
-                report = await self.migrations.start(
-                    request, destination, mode=MigrationMode.RECOMPUTE, cause="instance lost", source=None
-                )
-                if report.ok:
+        try:
+            while self.requests.get(request.request_id) is request and self.clock() < deadline:
+                if await self._replay_once(request):
                     return
-                self.scheduler.request_ended(request.request_id)
-            except (UnavailableError, ConflictError):
-                pass
-            await asyncio.sleep(REPLAY_RETRY_S)
+                await asyncio.sleep(REPLAY_RETRY_S)
+        finally:
+            self._replaying.discard(request.request_id)
         if self._end_request(request.request_id, "lost") is not None:
             logger.error("request %s is lost: no instance took it within %.0f s", request.request_id, REPLAY_DEADLINE_S)
             self.deliver(self.links.codec.error_outputs(request.route, [request.request_id]))
+
+    async def _replay_once(self, request: LiveRequest) -> bool:
+        """Whether the request runs again now."""
+        try:
+            destination = self.scheduler.dispatch(request.facts)
+            report = await self.migrations.start(
+                request, destination, mode=MigrationMode.RECOMPUTE, cause="instance lost", source=None
+            )
+        except (UnavailableError, ConflictError):
+            return False
+        if not report.ok:
+            self.scheduler.request_ended(request.request_id)
+        # Its new instance may have died in the same turn of the loop.
+        return report.ok and self.instances[request.route].state is not InstanceState.DEAD
 
     def _replay_ended(self, request: LiveRequest, report: MigrationReport) -> None:
         if not report.ok:
@@ -309,7 +335,7 @@ class Cluster:
 
     def _describe(self, instance: Instance) -> dict[str, Any]:
         snapshot = self.scheduler.snapshot_of(instance.instance_id)
-        load: dict[str, Any] = dict.fromkeys(("running", "waiting", "blocks_used", "blocks_total", "freeness"))
+        load: dict[str, Any] = dict.fromkeys(LOAD_FIELDS)
         if snapshot is not None:
             load = {
                 "running": snapshot.num_running,
@@ -319,7 +345,7 @@ class Cluster:
                 "block_size": snapshot.block_size,
                 "preemptions": snapshot.num_preemptions,
                 "incoming": sum(r.phase is Phase.INCOMING for r in snapshot.requests),
-                "freeness": round(self.scheduler.freeness(instance.instance_id), 3),
+                "freeness": _finite(self.scheduler.freeness(instance.instance_id)),
             }
         return {
             "id": instance.instance_id,
@@ -363,6 +389,11 @@ class Cluster:
                 logger.debug("request %s waits for a replay", request.request_id)
             elif state is InstanceState.STARTING:
                 raise ProtocolError(f"request {request.request_id} is routed to starting instance {request.route}")
+
+
+def _finite(freeness: float) -> float | None:
+    """JSON has no infinity: a draining instance has no freeness."""
+    return round(freeness, 3) if math.isfinite(freeness) else None
 
 
 def _phase(phases: dict[tuple[RequestId, InstanceId], Phase], request: LiveRequest) -> str:

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from arriero.core.engine_port import Export
 from arriero.core.errors import TransportError
-from arriero.core.llumlet import Export
 from arriero.core.types import MigrationId
 from arriero.sim.blocks import BlockPool
 

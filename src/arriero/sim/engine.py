@@ -1,7 +1,7 @@
 """SimEngine: a vLLM-like engine without a model. Pure: time comes in, tokens and durations come out.
 
 The fake for every test above the engine (behind `sim/process.py`), and the simulator's engine in virtual
-time. It implements :class:`arriero.core.llumlet.EnginePort`; see there for what those methods promise.
+time. It implements :class:`arriero.core.engine_port.EnginePort`; see there for what those methods promise.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from arriero.core.config import CopyConfig
+from arriero.core.engine_port import Export, RequestStatus
 from arriero.core.errors import ConflictError, ProtocolError, UnmovableError
-from arriero.core.llumlet import Export, RequestStatus
 from arriero.core.types import InstanceId, InstanceSnapshot, MigrationId, Phase, RequestId
 from arriero.sim.batch import Chunk
 from arriero.sim.blocks import BlockPool

@@ -21,8 +21,9 @@ if __name__ == "__main__":
     _PAYLOAD = adopt_parent()
     report_stage("starting")
 
+from arriero.core.engine_port import Export
 from arriero.core.errors import ArrieroError, ConfigError, ProtocolError
-from arriero.core.llumlet import Export, Llumlet
+from arriero.core.llumlet import Llumlet
 from arriero.core.messages import Answer
 from arriero.core.types import InstanceId, MigrationId, RequestId
 from arriero.sim.blocks import BlockPool

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from arriero.core.engine_port import Export
 from arriero.core.errors import ArrieroError
-from arriero.core.llumlet import Export
 from arriero.core.types import MigrationId
 from arriero.sim.blocks import BlockPool
 from arriero.sim.copier import check_size

@@ -13,8 +13,8 @@ import msgspec
 import zmq
 
 from arriero.core.config import CopyConfig
+from arriero.core.engine_port import Export
 from arriero.core.errors import TransportError
-from arriero.core.llumlet import Export
 from arriero.core.types import MigrationId, RequestId
 from arriero.vllm.worker import CopyDone, CopyJob, RestOfImport
 

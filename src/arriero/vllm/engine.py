@@ -27,7 +27,8 @@ if __name__ == "__main__":
     report_stage("importing vLLM")
 
 from arriero.core.config import CopyConfig, MigrationConfig
-from arriero.core.llumlet import Export, Llumlet
+from arriero.core.engine_port import Export
+from arriero.core.llumlet import Llumlet
 from arriero.core.messages import Answer
 from arriero.core.types import InstanceId, MigrationId
 from arriero.vllm.compat import (

@@ -1,6 +1,6 @@
 """The llumlet's port onto vLLM's scheduler, KV cache manager and workers.
 
-Called on the engine's thread, between two steps, as :class:`arriero.core.llumlet.EnginePort` says.
+Called on the engine's thread, between two steps, as :class:`arriero.core.engine_port.EnginePort` says.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 from arriero.core.config import CopyConfig
+from arriero.core.engine_port import Export
+from arriero.core.engine_port import RequestStatus as Status
 from arriero.core.errors import ArrieroError, ConflictError, TransportError, UnmovableError
-from arriero.core.llumlet import Export
-from arriero.core.llumlet import RequestStatus as Status
 from arriero.core.types import InstanceId, InstanceSnapshot, MigrationId, Phase, RequestId, RequestSnapshot
 from arriero.vllm.compat import Request, RequestStatus
 from arriero.vllm.copier import Copier
@@ -38,7 +38,7 @@ def _contained(method: Callable[P, R]) -> Callable[P, R]:
 
 
 class VllmEnginePort:
-    """See :class:`arriero.core.llumlet.EnginePort`."""
+    """See :class:`arriero.core.engine_port.EnginePort`."""
 
     def __init__(self, engine: Any, copier: Copier, config: CopyConfig) -> None:
         self._engine = engine

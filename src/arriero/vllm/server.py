@@ -24,6 +24,7 @@ from vllm.platforms import current_platform
 
 from arriero.core.errors import ConfigError, LaunchError
 from arriero.core.types import InstanceId
+from arriero.dashboard.app import attach_dashboard
 from arriero.frontend.admin import attach_admin
 from arriero.frontend.cluster import Cluster
 from arriero.frontend.links import InstanceLinks
@@ -289,6 +290,7 @@ async def _serve_app(llm: AsyncLLM, cluster: Cluster, address: str, sock: Any, a
     tasks = await llm.get_supported_tasks()
     app = build_app(args, tasks, llm.model_config)
     attach_admin(app, cluster, [k for k in (args.api_key or [envs.VLLM_API_KEY]) if k])
+    attach_dashboard(app)
     await init_app_state(llm, app.state, args, tasks)
     log_config = get_uvicorn_log_config(args)
     _say(_what_to_try(address, args))
@@ -323,8 +325,9 @@ def _what_to_try(address: str, args: argparse.Namespace) -> str:
   python -c "from openai import OpenAI; c = OpenAI(base_url='{url}/v1', api_key='-'); \\
     print(c.completions.create(model='{name}', prompt='Once upon a time', max_tokens=50).choices[0].text)"
 
-  arriero status --url {url}                 # instances and running requests
-  arriero migrate REQUEST --to 1 --url {url} # move one while it runs
+  {url}/dashboard              watch it in a browser
+  arriero status --url {url}   instances and running requests
+  arriero migrate REQUEST --to 1 --url {url}
 """
 
 

@@ -126,8 +126,9 @@ class Card {
     this.#share.classList.toggle("full", share !== null && share >= 0.95);
     this.#fill.style.width = `${100 * Math.min(1, share ?? 0)}%`;
     this.#bar.setAttribute("aria-valuenow", String(Math.round(100 * (share ?? 0))));
-    for (const name of ["running", "waiting", "incoming", "preemptions"]) setText(this.#figures[name], count(instance[name]));
-    setText(this.#figures.freeness, decimal(instance.freeness));
+    for (const [name, figure] of Object.entries(this.#figures)) {
+      setText(figure, (name === "freeness" ? decimal : count)(instance[name]));
+    }
     let next = null;
     for (const row of [...rows].reverse()) {
       row.place(this.#list, next);

@@ -89,7 +89,8 @@ export class Chart {
     return this.#history.stretches(instance).map((samples) => {
       const points = samples.filter((s) => s.at >= scale.start).map((s) => `${scale.x(s.at)} ${scale.y(s.share)}`);
       const d = points.length === 1 ? `M${points[0]}h1` : `M${points.join("L")}`;
-      return svg("path", { class: `line ${series(instance)}${faded}`, d: points.length ? d : "", "stroke-dasharray": dash });
+      const shape = { d: points.length ? d : "", "stroke-dasharray": dash };
+      return svg("path", { class: `line ${series(instance)}${faded}`, ...shape });
     });
   }
 
@@ -109,7 +110,9 @@ export class Chart {
       }
       setText(this.#items.get(instance).value, percent(this.#history.shareAt(instance, picked?.at ?? this.#now)));
     }
-    setText(this.#when, picked ? clock(picked.at) : "last 2 minutes");
+    const total = this.#history.instances().length;
+    const part = total > shown.length ? `, ${shown.length} of ${total} instances` : "";
+    setText(this.#when, picked ? clock(picked.at) : `last 2 minutes${part}`);
     setText(this.#note, picked?.move ? moveText(picked.move) : this.#key);
   }
 }
@@ -163,25 +166,31 @@ function labels(shown, history, scale) {
     .sort((a, b) => a.y - b.y);
   if (ends.length * LABEL_GAP > HEIGHT - MARGIN.bottom) return [];
   for (let i = 1; i < ends.length; i++) ends[i].y = Math.max(ends[i].y, ends[i - 1].y + LABEL_GAP);
-  for (let i = ends.length - 1, floor = scale.bottom; i >= 0; i--, floor -= LABEL_GAP) ends[i].y = Math.min(ends[i].y, floor);
+  let floor = scale.bottom;
+  for (const end of [...ends].reverse()) {
+    end.y = Math.min(end.y, floor);
+    floor = end.y - LABEL_GAP;
+  }
   return ends.map(({ instance, y }) =>
     svg("text", { class: `end ${series(instance)}`, x: scale.right + 7, y: y + 4 }, String(instance)),
   );
 }
 
-/** A move: from a dot on the source's line to an arrow on the destination's; a cross where it was given up. */
+/**
+ * A move: from a dot on the source's line to an arrow on the destination's; a cross where it was given up; before the
+ * lines begin, a tick on the axis.
+ */
 function mark({ at, ok, source, destination }, history, scale, isPicked) {
   const x = scale.x(at);
-  const yOf = (instance) => {
-    const share = instance === null ? null : history.shareAt(instance, at);
-    return share === null ? scale.bottom : scale.y(share);
-  };
-  const [from, to] = [yOf(source), yOf(destination)];
   const kind = `mark${ok ? "" : " failed"}${isPicked ? " picked" : ""}`;
+  const shares = [source, destination].map((i) => (i === null ? null : history.shareAt(i, at)));
+  if (shares.every((s) => s === null)) return [svg("path", { class: kind, d: `M${x} ${scale.bottom}v-6` })];
+  const [from, to] = shares.map((s) => (s === null ? scale.bottom : scale.y(s)));
   if (!ok) return [svg("path", { class: kind, d: `M${x - 3} ${from - 3}l6 6m0 -6l-6 6` })];
   const away = to <= from ? 1 : -1; // where the arrow's tail is
+  const tail = to + 5 * away;
   return [
-    svg("path", { class: kind, d: `M${x} ${from}V${to}M${x - 3} ${to + 5 * away}L${x} ${to}L${x + 3} ${to + 5 * away}` }),
+    svg("path", { class: kind, d: `M${x} ${from}V${to}M${x - 3} ${tail}L${x} ${to}L${x + 3} ${tail}` }),
     svg("circle", { class: `${kind} dot`, cx: x, cy: from, r: 2.5 }),
   ];
 }

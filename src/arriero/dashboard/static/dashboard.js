@@ -55,11 +55,11 @@ async function poll() {
     if (!(error instanceof api.Away || error instanceof api.Refused || error instanceof api.KeyNeeded)) throw error;
   } finally {
     isPolling = false;
-    showLink();
     const took = Date.now() - started;
     const period = link.state === "away" || document.hidden ? SLOW_POLL_MS : POLL_MS;
     if (link.state === "locked") askForKey();
     else timer = setTimeout(poll, Math.max(period - took, took, 50)); // at most half the time is spent polling
+    showLink();
   }
 }
 
@@ -118,7 +118,7 @@ function showLink() {
   document.body.classList.toggle("stale", isAway);
   at("link").dataset.link = state;
   setText(at("link"), { locked: "needs a key" }[state] ?? state);
-  at("away").hidden = !isAway;
+  at("away").hidden = !isAway || at("key").open;
   if (!isAway) return;
   const since = lastAnswer === null ? "" : ` What you see is from ${clock(lastAnswer)}.`;
   const then = state === "away" ? ` Trying again every ${SLOW_POLL_MS / 1000} s.` : " Reload the page to enter it.";
@@ -139,9 +139,12 @@ function askForKey() {
 at("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   api.setKey(at("key-input").value);
+  link.state = "connecting";
   at("key").close();
   poll();
 });
+
+at("key").addEventListener("close", showLink);
 
 // ---------------------------------------------------------------- moving a request
 

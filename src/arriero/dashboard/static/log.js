@@ -31,7 +31,8 @@ export class EventList {
       const kind = KINDS[event.event] ?? "instances";
       const time = element("time");
       const name = element("span", { class: "kind" }, NAMES[event.event] ?? event.event.replaceAll("_", " "));
-      const line = element("li", { "data-kind": kind }, time, name, element("div", { class: "what" }, ...describe(event)));
+      const what = element("div", { class: "what" }, ...describe(event));
+      const line = element("li", { "data-kind": kind }, time, name, what);
       if (event.ok === false || event.event === "instance_lost" || event.how === "lost") line.classList.add("bad");
       this.#list.prepend(line);
       const lines = this.#lines[kind];
@@ -94,7 +95,7 @@ function describe(event) {
     case "dispatch":
       return [request(event.request), " → ", badge(event.instance)];
     case "finish":
-      return [request(event.request), " on ", badge(event.instance), ` ${event.how}, ${count(event.num_output_tokens)} tokens`];
+      return [request(event.request), " on ", badge(event.instance), ` ${event.how}, ${tokens(event.num_output_tokens)}`];
     case "instance_ready":
       return [badge(event.instance), " is ready"];
     case "instance_lost":
@@ -118,6 +119,7 @@ function describeMove(event) {
   ];
 }
 
+const tokens = (number) => `${count(number)}\u00a0tokens`;
 const request = (id) => element("span", { class: "id", title: id }, requestName(id));
 
 /** An event this page does not know. */

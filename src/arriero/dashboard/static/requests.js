@@ -23,7 +23,7 @@ export class RequestRow {
     this.#move = move;
     this.#targets = targets;
     const cell = (name) => element("span", { class: name });
-    this.#cells = { id: cell("id"), state: cell("state"), tokens: cell("tokens"), moves: cell("moves"), pause: cell("pause") };
+    this.#cells = Object.fromEntries(["id", "state", "tokens", "moves", "pause"].map((name) => [name, cell(name)]));
     this.#button = element("button", { type: "button", class: "open" }, "move");
     this.#button.addEventListener("click", () => (this.#form ? this.#close() : this.#open()));
     this.node = element("li", { class: "request" }, ...Object.values(this.#cells), this.#button);
@@ -79,7 +79,9 @@ export class RequestRow {
   #open() {
     const targets = this.#targets(this.request);
     const to = element("select", { "aria-label": "destination" });
-    for (const { id, freeness } of targets) to.append(element("option", { value: id }, `${id}, freeness ${decimal(freeness)}`));
+    for (const { id, freeness } of targets) {
+      to.append(element("option", { value: id }, `${id}, freeness ${decimal(freeness)}`));
+    }
     const mode = element("select", { "aria-label": "mode" });
     for (const [value, text] of Object.entries(MODES)) mode.append(element("option", { value }, text));
     const go = element("button", { type: "submit", class: "primary" }, "Move");

@@ -1,0 +1,122 @@
+"""Traces: CSV files with a header, ``arrival_s,prompt_tokens,output_tokens[,priority][,hash_ids]``.
+
+``hash_ids`` are ids of prefix blocks, separated by blanks; "a-b" is an inclusive run. Other columns are ignored.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from arriero.core.errors import ConfigError
+from arriero.workload.workload import Arrival, Workload
+
+T = TypeVar("T")
+
+_REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens")
+_RUN = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+def read_trace(path: Path, limit: int | None = None) -> Workload:
+    """The trace in ``path``, or its first ``limit`` requests. Raises ConfigError: file, line, field and value."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            arrivals = list(_parse(path, file, limit))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"trace {path} cannot be read: {error}") from error
+    for line, (before, after) in enumerate(pairwise(arrivals), start=3):
+        if after.arrival_s < before.arrival_s:
+            _reject(path, line, "arrival_s", str(after.arrival_s), f"at least {before.arrival_s}, as the line before")
+    return Workload(path.stem, arrivals)
+
+
+def _parse(path: Path, lines: Iterable[str], limit: int | None) -> Iterator[Arrival]:
+    rows = csv.reader(lines)
+    header = next(rows, [])
+    for name in _REQUIRED:
+        if name not in header:
+            raise ConfigError(f"trace {path}, line 1: no field {name!r} in the header {','.join(header)!r}")
+    for number, row in enumerate(rows):
+        if number == limit:
+            return
+        if len(row) != len(header):
+            raise ConfigError(
+                f"trace {path}, line {rows.line_num}: {len(row)} fields, but the header has {len(header)}: {row!r}"
+            )
+        fields = _Fields(path, rows.line_num, dict(zip(header, row, strict=True)))
+        yield Arrival(
+            fields.take("arrival_s", _seconds, "seconds, 0 or more"),
+            fields.take("prompt_tokens", _tokens, "a whole number of tokens, 1 or more"),
+            fields.take("output_tokens", _tokens, "a whole number of tokens, 1 or more"),
+            fields.take("priority", int, "a whole number", "0"),
+            fields.take("hash_ids", _runs, "block ids or runs of them, like '0 14-27'", ""),
+        )
+
+
+class _Fields:
+    """One line, by field."""
+
+    def __init__(self, path: Path, line: int, values: dict[str, str]) -> None:
+        self._path, self._line, self._values = path, line, values
+
+    def take(self, name: str, parse: Callable[[str], T], want: str, default: str = "") -> T:
+        """The parsed field, or an error that says where it stands."""
+        text = self._values.get(name, default)
+        try:
+            return parse(text)
+        except ValueError:
+            _reject(self._path, self._line, name, text, want)
+
+
+def _reject(path: Path, line: int, field: str, value: str, want: str) -> NoReturn:
+    raise ConfigError(f"trace {path}, line {line}: {field}={value!r} is invalid: it must be {want}")
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not math.isfinite(seconds) or seconds < 0:
+        raise ValueError(text)
+    return seconds
+
+
+def _tokens(text: str) -> int:
+    tokens = int(text)
+    if tokens < 1:
+        raise ValueError(text)
+    return tokens
+
+
+def _runs(text: str) -> tuple[tuple[int, int], ...]:
+    runs = []
+    for word in text.split():
+        match = _RUN.fullmatch(word)
+        if match is None:
+            raise ValueError(word)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(word)
+        runs.append((first, last))
+    return tuple(runs)
+
+
+def write_trace(path: Path, arrivals: Sequence[Arrival]) -> None:
+    """Write a trace that :func:`read_trace` reads back; ``priority`` and ``hash_ids`` only if a request has any."""
+    with_priority = any(a.priority for a in arrivals)
+    with_prefixes = any(a.prefix_blocks for a in arrivals)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*_REQUIRED, *["priority"] * with_priority, *["hash_ids"] * with_prefixes])
+        for arrival in arrivals:
+            row: list[object] = [arrival.arrival_s, arrival.prompt_tokens, arrival.output_tokens]
+            row += [arrival.priority] * with_priority
+            row += [" ".join(_run_text(*run) for run in arrival.prefix_blocks)] * with_prefixes
+            writer.writerow(row)
+
+
+def _run_text(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
