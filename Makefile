@@ -57,8 +57,10 @@ format: setup ## Fix what ruff can fix
 test: test-fast ## The whole suite: the fast part, then the part with real vLLM engines (ARGS=...)
 	$(BIN)/python -m pytest -m real $(ARGS)
 
-test-fast: setup ## The suite without real vLLM engines (ARGS=...)
-	$(BIN)/python -m pytest -m "not real" $(ARGS)
+test-fast: setup model ## The suite without real vLLM engines; core must be covered to the last branch (ARGS=...)
+	$(BIN)/python -m pytest tests/core --cov=arriero --cov-report= $(ARGS)
+	$(BIN)/python -m coverage report --include='*/arriero/core/*' --fail-under=100
+	$(BIN)/python -m pytest -m "not real" --ignore tests/core $(ARGS)
 
 bench-migration: setup ## Measure migrations: downtime, bytes, stages (ARGS=...)
 	$(BIN)/python -m arriero.bench.migration $(ARGS)

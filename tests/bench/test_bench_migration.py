@@ -26,10 +26,10 @@ PLAN = Plan(
     loads=("idle", "loaded"),
     repeats=5,
     recompute_repeats=3,
-    num_neighbours=8,
+    neighbours=8,
     before_tokens=40,
     after_tokens=40,
-    max_tokens=692,
+    max_model_len=8192,
     seed=0,
 )
 
@@ -75,6 +75,10 @@ def test_the_same_seed_gives_the_same_order() -> None:
     assert plan.cells(0, random.Random(plan.seed)) == PLAN.cells(0, random.Random(7))
 
 
+def test_the_longest_context_has_room_for_its_output() -> None:
+    assert PLAN.max_tokens == 692
+
+
 def test_neighbours_beyond_the_quota_move_to_the_other_side() -> None:
     calls = [cast(Call, f"call {i}") for i in range(4)]
     assert surplus({calls[0]: 0, calls[1]: 0, calls[2]: 0, calls[3]: 1}, 2) == [(calls[2], 1)]
@@ -92,6 +96,7 @@ def test_the_gap_lies_between_the_last_token_of_the_source_and_the_first_of_the_
     assert seen == {
         "source_itl_ms": pytest.approx(20.0),
         "destination_itl_ms": pytest.approx(10.0),
+        "destination_itl_p90_ms": pytest.approx(10.0),
         "gap_ms": pytest.approx(15.0),
         "ratio": pytest.approx(1.5),
     }

@@ -22,6 +22,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from arriero import core
 from arriero.core.config import MigrationConfig
+from arriero.core.messages import Op
+from arriero.core.migration import State
 from arriero.core.types import MigrationMode
 
 CONFIG = MigrationConfig(max_incoming=3, tombstone_s=1000.0, max_stages=3)
@@ -35,7 +37,7 @@ FAILURES = (
 MODES = (MigrationMode.LIVE, MigrationMode.LIVE, MigrationMode.STOP_AND_COPY, MigrationMode.RECOMPUTE)
 NUM_CHAOS = 5
 NATURAL = (*["progress"] * 4, *["deliver"] * 4, "step", "finish_copy", *["migrate"] * 3)
-DISTURBING = ("client_gone", "preempt", "crash", *["lose_answer", "repeat", "jump", "fail"] * 2)
+DISTURBING = ("client_gone", "preempt", "crash", *["lose_answer", "lose_commit", "repeat", "jump", "fail"] * 2)
 
 LONG = os.environ.get("ARRIERO_HYPOTHESIS") == "long"
 NUM_WALKS = 20_000 if LONG else 1000
@@ -107,7 +109,15 @@ class Chaos:
     def crash(self, n: int) -> None:
         if len(self.cluster.alive) > 1:
             self.budget -= 1
-            self.cluster.crash(self._alive(n), heard=n // 3 % 4)
+            committing = [m for m in self.cluster.migrations.values() if m.state is State.COMMITTING]
+            ends = [i for m in committing for i in (m.destination, m.source) if i in self.cluster.alive]
+            instance = ends[n % len(ends)] if ends and n % 3 else self._alive(n)  # where it hurts, mostly
+            self.cluster.crash(instance, heard=n // 3 % 4)
+
+    def lose_commit(self, n: int) -> None:
+        """The next answers to COMMIT of one instance get lost: what it did has to be asked."""
+        self.budget -= 1
+        self.cluster.losing += [(n % 3, Op.COMMIT)] * (1 + n // 3 % 3)
 
     def lose_answer(self, n: int) -> None:
         wires = [w for w in self.cluster.wires() if w[1] == FRONT_END]
@@ -135,7 +145,7 @@ class Chaos:
 
 WEIGHTS: dict[str, int] = {
     "submit": 3, "progress": 18, "deliver": 30, "step": 12, "finish_copy": 8, "migrate": 14,
-    "client_gone": 1, "preempt": 1, "crash": 1, "lose_answer": 3, "repeat": 3, "jump": 2, "fail": 3,
+    "client_gone": 1, "preempt": 1, "crash": 2, "lose_answer": 3, "lose_commit": 2, "repeat": 3, "jump": 2, "fail": 3,
 }  # fmt: skip
 
 
@@ -162,7 +172,7 @@ REACHED = (
     "aborted: destination refused", "aborted: destination lost", "aborted: source lost", "aborted: export failed",
     "aborted: locating timeout", "aborted: reserving timeout", "aborted: copying timeout",
     "aborted: loading timeout", "aborted: detaching timeout",
-    "commit refused", "woken while committing", "delivered while committing", "lost while committing",
+    "commit refused", "woken while committing", "delivered while committing", "lost while committing", "lost after it had delivered",
     "answer lost", "repeated", "crash", "orphan",
 )  # fmt: skip
 """What the walk must have seen, or it has proved nothing."""

@@ -17,7 +17,7 @@ import itertools
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from time import perf_counter
 from typing import Any
 
@@ -31,6 +31,7 @@ from arriero.bench.client import (
     decode_body,
     intervals,
     median,
+    percentile,
     poll,
     random_prompt,
 )
@@ -50,11 +51,12 @@ NEIGHBOUR_CONTEXT = 256
 NEIGHBOUR_TOKENS = 3000
 CLEAR_TIMEOUT_S = 60.0
 
-TITLE = "migrations: medians over the repeats (recompute has fewer), neighbours as multiples of their own pace"
-COLUMNS = (
-    *("load", "context", "mode", "repeats", "failed", "source_itl_ms", "destination_itl_ms", "gap_ms", "gap_max_ms"),
-    *("ratio", "total_ms", "mebibytes", "stages", "neighbours"),
-)
+SHOWN = {
+    **{"context": "context", "mode": "mode", "repeats": "n", "destination_itl_ms": "itl", "gap_ms": "gap"},
+    **{"gap_max_ms": "max", "ratio": "ratio", "total_ms": "total"},
+}
+SHOWN_ALSO = {IDLE: {"mebibytes": "MiB"}, LOADED: {"neighbours": "others"}}
+TITLE = "ms, medians of n moves; itl: inter-token time at the destination; others: theirs over that before"
 
 Sample = dict[str, Any]
 
@@ -66,16 +68,21 @@ Sample = dict[str, Any]
 class Plan:
     """What one run measures."""
 
-    contexts: tuple[int, ...]
-    modes: tuple[str, ...]
-    loads: tuple[str, ...]
+    contexts: Sequence[int]
+    modes: Sequence[str]
+    loads: Sequence[str]
     repeats: int
     recompute_repeats: int
-    num_neighbours: int  #: on each instance
+    neighbours: int  #: on each instance
     before_tokens: int
     after_tokens: int
-    max_tokens: int  #: room of a sample; it is cancelled when it has what it needs
+    max_model_len: int
     seed: int
+
+    @property
+    def max_tokens(self) -> int:
+        """More than a sample needs; it is cancelled when it has that."""
+        return self.max_model_len - max(self.contexts)
 
     def cells(self, repeat: int, rng: random.Random) -> list[tuple[int, str]]:
         """(context, mode) of one repeat, in the order to run them."""
@@ -120,16 +127,16 @@ class Bench:
     async def _move(self, call: Call, mode: str) -> Sample:
         plan, reply = self._plan, call.reply
         if not await call.wait_for_tokens(plan.before_tokens):
-            return _failed(f"ended early: {reply.error}")
+            return {"ok": False, "reason": f"ended early: {reply.error}"}
         source = (await self._find(call))["instance"]
         started_s = perf_counter()
         _, answer = await self._client.migrate(reply.request_id, 1 - source, mode)
         ended_s = perf_counter()
         if not answer.get("ok"):
-            return _failed(str(answer.get("migrations", [answer])[0].get("reason", answer)))
+            return {"ok": False, "reason": str(answer.get("migrations", [answer])[0].get("reason", answer))}
         moved = answer["migrations"][0]
         if not await call.wait_for_tokens(moved["num_tokens"] + plan.after_tokens):
-            return _failed(f"ended early: {reply.error}")
+            return {"ok": False, "reason": f"ended early: {reply.error}"}
         first = chunk_of_token(reply.chunks, moved["num_tokens"])
         assert first is not None
         # A recomputation works after its hand-over, the others before.
@@ -175,13 +182,13 @@ class Bench:
         await self._wait_until_alone()
 
     async def _start_neighbours(self) -> None:
-        calls = [self._start(NEIGHBOUR_CONTEXT, NEIGHBOUR_TOKENS) for _ in range(2 * self._plan.num_neighbours)]
+        calls = [self._start(NEIGHBOUR_CONTEXT, NEIGHBOUR_TOKENS) for _ in range(2 * self._plan.neighbours)]
         self._neighbours = dict.fromkeys(calls, 0)
         for call in calls:
             if not await call.wait_for_tokens(2):
                 raise ArrieroError(f"a neighbour ended early: {call.reply.error}")
         places = {call: (await self._find(call))["instance"] for call in calls}
-        for call, to in surplus(places, self._plan.num_neighbours):
+        for call, to in surplus(places, self._plan.neighbours):
             _, answer = await self._client.migrate(call.reply.request_id, to)
             if not answer.get("ok"):
                 raise ArrieroError(f"a neighbour could not be moved: {answer}")
@@ -196,11 +203,10 @@ class Bench:
 
     async def _wait_until_alone(self) -> None:
         """Until nothing but the neighbours is on the server."""
-        rows = await poll(
-            lambda: self._client.get("/requests"), lambda rows: len(rows) == len(self._neighbours), CLEAR_TIMEOUT_S
-        )
-        if len(rows) != len(self._neighbours):
-            raise ArrieroError(f"{len(rows)} requests run, {len(self._neighbours)} should: {rows}")
+        wanted = len(self._neighbours)
+        rows = await poll(lambda: self._client.get("/requests"), lambda rows: len(rows) == wanted, CLEAR_TIMEOUT_S)
+        if len(rows) != wanted:
+            raise ArrieroError(f"{len(rows)} requests run, {wanted} should: {rows}")
 
 
 # ---------------------------------------------------------------------- pure parts
@@ -215,12 +221,13 @@ def surplus(places: dict[Call, int], quota: int) -> list[tuple[Call, int]]:
 def seen_by_client(chunks: Sequence[Chunk], first: int, started_s: float) -> dict[str, float]:
     """The gap before chunk ``first``, the first from the destination, beside the inter-token times of both sides."""
     gap_s = chunks[first].time_s - chunks[first - 1].time_s
-    destination_s = median(intervals(chunks[first:]))
+    after = intervals(chunks[first:])
     return {
         "source_itl_ms": _ms(median(intervals(chunks, until_s=started_s))),
-        "destination_itl_ms": _ms(destination_s),
+        "destination_itl_ms": _ms(median(after)),
+        "destination_itl_p90_ms": _ms(percentile(after, 90)),  # how noisy the machine was
         "gap_ms": _ms(gap_s),
-        "ratio": round(gap_s / destination_s, 4),
+        "ratio": round(gap_s / median(after), 4),
     }
 
 
@@ -293,8 +300,9 @@ def _ms(seconds: float | None) -> float:
     return round(1e3 * (seconds or 0.0), 3)
 
 
-def _failed(reason: str) -> Sample:
-    return {"ok": False, "reason": reason}
+def _rounded(value: Any) -> Any:
+    """Short enough for a table of 80 columns."""
+    return round(value) if isinstance(value, float) and value >= 100 else value
 
 
 # ---------------------------------------------------------------------- the command
@@ -324,24 +332,16 @@ async def _run(url: str, plan: Plan) -> list[Sample]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; 0 whether the targets are met or not."""
     args = _parser().parse_args(argv)
-    plan = Plan(
-        contexts=tuple(args.contexts),
-        modes=tuple(args.modes),
-        loads=tuple(args.loads),
-        repeats=args.repeats,
-        recompute_repeats=args.recompute_repeats,
-        num_neighbours=args.neighbours,
-        before_tokens=args.before_tokens,
-        after_tokens=args.after_tokens,
-        max_tokens=args.max_model_len - max(args.contexts),
-        seed=args.seed,
-    )
+    plan = Plan(**{f.name: getattr(args, f.name) for f in fields(Plan)})
     with arriero_server(args, "migration", instances=2) as server:
         samples = asyncio.run(_run(server.url, plan))
     summary = summarise(samples)
     targets = targets_of(summary)
     report.write("migration", samples, targets, summary=summary, plan=asdict(plan), command=server.command)
-    report.print_table(TITLE, [{c: row[c] for c in COLUMNS} for row in summary], targets)
+    for load in plan.loads:
+        shown = {**SHOWN, **SHOWN_ALSO[load]}
+        rows = [{name: _rounded(row[key]) for key, name in shown.items()} for row in summary if row["load"] == load]
+        report.print_table(f"{load} ({TITLE})", rows, targets if load == plan.loads[-1] else ())
     return 0
 
 

@@ -15,7 +15,7 @@ import contextlib
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from time import perf_counter
 from typing import Any
 
@@ -41,11 +41,17 @@ ARRIERO, STOCK = "arriero", "vllm"
 MIN_THROUGHPUT = 0.98
 MAX_TTFT_MS = 1.0  #: more than stock's, at the lowest concurrency
 
-TITLE = "overhead: arriero with one instance beside stock vLLM"
-COLUMNS = (
-    *("concurrency", "server", "requests", "tokens_per_s", "throughput_ratio"),
-    *("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms"),
-)
+TITLE = "arriero with one instance beside stock vLLM (ms; c: concurrency, n: requests)"
+SHOWN = {
+    **{
+        "concurrency": "c",
+        "server": "server",
+        "requests": "n",
+        "tokens_per_s": "tokens /s",
+        "throughput_ratio": "ratio",
+    },
+    **{"ttft_p50_ms": "ttft p50", "ttft_p99_ms": "ttft p99", "tpot_p50_ms": "tpot p50", "tpot_p99_ms": "tpot p99"},
+}
 
 Sample = dict[str, Any]
 
@@ -54,7 +60,7 @@ Sample = dict[str, Any]
 class Plan:
     """What one run measures."""
 
-    concurrencies: tuple[int, ...]
+    concurrencies: Sequence[int]
     rounds: int
     requests_per_client: int
     min_requests: int
@@ -203,15 +209,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; 0 whether the targets are met or not."""
     args = _parser().parse_args(argv)
-    plan = Plan(
-        concurrencies=tuple(args.concurrencies),
-        rounds=args.rounds,
-        requests_per_client=args.requests_per_client,
-        min_requests=args.min_requests,
-        prompt_tokens=args.prompt_tokens,
-        output_tokens=args.output_tokens,
-        seed=args.seed,
-    )
+    plan = Plan(**{f.name: getattr(args, f.name) for f in fields(Plan)})
     model, flags = model_of(args), common_flags(args)
     ports = {ARRIERO: args.port, STOCK: args.port + 1}
     commands = {
@@ -237,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "left_in_shared_memory": {name: server.shared_memory() for name, server in servers.items()},
     }
     report.write("overhead", samples, targets, summary=summary, **extra)
-    report.print_table(TITLE, [{c: row[c] for c in COLUMNS} for row in summary], targets)
+    report.print_table(TITLE, [{name: row[key] for key, name in SHOWN.items()} for row in summary], targets)
     return 0
 
 

@@ -32,7 +32,9 @@ SHM = Path("/dev/shm")
 SERVED_NAME = "smollm2"
 STOP_TIMEOUT_S = 30.0
 ORPHAN_TIMEOUT_S = 5.0  #: children of an ended front end may take a moment to see it
+PAUSE_TIMEOUT_S = 60.0
 
+_HELD = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -189,13 +191,18 @@ class Server:
             return []
 
     def pause(self) -> None:
-        """Stop the clock of every process (SIGSTOP), so that another server has the machine."""
+        """Stop every process (SIGSTOP), so that another server has the machine. Raises LaunchError if one runs on."""
         self._signal(signal.SIGSTOP)
+        deadline = time.monotonic() + PAUSE_TIMEOUT_S
+        while running := [p.pid for p in self.processes() if p.status() not in _HELD]:
+            if time.monotonic() > deadline:
+                raise LaunchError(f"processes {running} do not stop")
+            time.sleep(0.01)
 
     def resume(self) -> None:
         """Let them go on, and wait for an answer. Raises LaunchError if there is none."""
         self._signal(signal.SIGCONT)
-        deadline = time.monotonic() + 60.0
+        deadline = time.monotonic() + PAUSE_TIMEOUT_S
         while not self.is_healthy():
             if time.monotonic() > deadline:
                 raise LaunchError(f"the server does not answer after its pause: {self.last_lines()}")

@@ -218,8 +218,8 @@ def summarise(found: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "kind": kind,
-                "requests": len(here),
-                "cut_by_client": len(here) - len(whole),
+                "sent": len(here),
+                "cut": len(here) - len(whole),
                 "whole": sum(s["fault"] is None for s in whole),
                 "compared": len(sound),
                 "equal": sum(s["difference"] is None for s in sound),
@@ -235,7 +235,7 @@ def targets_of(summary: Sequence[dict[str, Any]], found: dict[str, Any]) -> list
     total = Counter[str]()
     for row in summary:
         total.update({key: value for key, value in row.items() if key != "kind"})
-    expected = total["requests"] - total["cut_by_client"]
+    expected = total["sent"] - total["cut"]
     return [
         Target.at_least("streams that came whole, %", percent(total["whole"], expected), 100.0),
         Target.at_least(

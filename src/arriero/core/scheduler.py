@@ -39,6 +39,9 @@ class GlobalScheduler:
         """``instance`` is dead or was removed."""
         self._states.pop(instance, None)
         self._snapshots.pop(instance, None)
+        for request_id, (source, destination) in self._moving.items():
+            if source == instance and destination in self._states:
+                self.ledger.moved(request_id, destination)  # where it goes on, unless a replay is dispatched
         self.ledger.forget(instance)
 
     def snapshot(self, snapshot: InstanceSnapshot) -> None:

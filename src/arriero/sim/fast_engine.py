@@ -160,6 +160,7 @@ class FastEngine:
     def begin(self, now: float, max_steps: int = 1) -> Segment | None:
         """Decide the next batch, and keep it for up to ``max_steps`` steps; None if nothing can run."""
         assert self.segment is None, "the steps in flight have not been finished"
+        before = self.num_preemptions
         chunks = self._plan()
         if not chunks:
             return None
@@ -178,7 +179,8 @@ class FastEngine:
             ms = self._model.step_ms(prefills, num_decodes, context)
             ends = [now + ms / 1000 * self.slow_down]
         else:
-            alike = not awaited and max_steps > 1 and num_decodes == len(self.running)
+            # After a preemption nobody is admitted, but in the next step somebody may be.
+            alike = not awaited and num_decodes == len(self.running) and self.num_preemptions == before
             ends = self._decode_ends(now, num_decodes, context, self._num_alike(max_steps) if alike else 1)
         self.segment = Segment(ends, chunks)
         return self.segment

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from arriero.core.config import CopyConfig, MigrationConfig
-from arriero.core.llumlet import Export, Llumlet
+from arriero.core.engine_port import Export
+from arriero.core.llumlet import Llumlet
 from arriero.core.messages import Answer, Message
 from arriero.core.pace import StepPace
 from arriero.core.types import InstanceSnapshot, MigrationId, RequestId
@@ -165,8 +166,8 @@ class VirtualInstance:
         if segment is not None:
             self._step_s = segment.ends[0] - now
             self._schedule_end(segment.ends[-1])
-        elif self._interval_s is not None:
-            self._push(now)
+        else:
+            self.report()
 
     def _schedule_end(self, end_s: float) -> None:
         self._version += 1
@@ -195,6 +196,11 @@ class VirtualInstance:
         self._go_on()
 
     # ------------------------------------------------------------------ snapshots
+
+    def report(self) -> None:
+        """Push a snapshot at once, if anybody looks."""
+        if self._interval_s is not None:
+            self._push(self._kernel.now)
 
     def settle_snapshots(self) -> None:
         """Take the last snapshot that was pushed before now, while the state that it shows can still be seen."""

@@ -1,12 +1,12 @@
-"""The llumlet's engine in virtual time: :class:`arriero.core.llumlet.EnginePort` over a FastEngine and the network."""
+"""The llumlet's engine in virtual time: :class:`~arriero.core.engine_port.EnginePort` over FastEngine and Network."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from arriero.core.engine_port import Export, RequestStatus
 from arriero.core.errors import ConflictError, ProtocolError
-from arriero.core.llumlet import Export, RequestStatus
 from arriero.core.types import MigrationId, Phase, RequestId
 from arriero.sim.fast_engine import FastEngine, FastSequence
 from arriero.sim.network import Network

@@ -1,0 +1,315 @@
+"""The simulator: production's GlobalScheduler, ledger, migrations and llumlets in virtual time over FastEngines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from arriero.core.config import CopyConfig, MigrationConfig, RebalancingConfig, SchedulerConfig
+from arriero.core.dispatch import DISPATCH_POLICIES
+from arriero.core.errors import ArrieroError, ConfigError
+from arriero.core.pace import StepPace
+from arriero.core.scheduler import GlobalScheduler
+from arriero.core.types import Dispatchable, InstanceId, MigrationMode, RequestId
+from arriero.observe.events import EventLog
+from arriero.sim.config import SimEngineConfig
+from arriero.sim.fast_engine import FastEngine, FastSequence
+from arriero.sim.fast_reports import check_integrity, head_demand
+from arriero.sim.kernel import Kernel
+from arriero.sim.moves import MoveReport, VirtualMigrations
+from arriero.sim.network import Network, NetworkConfig
+from arriero.sim.profiles import Profile
+from arriero.sim.records import Record
+from arriero.sim.virtual_instance import InstanceHooks, VirtualInstance
+from arriero.workload.workload import Arrival, Workload
+
+BLIND = frozenset({"round_robin", "least_outstanding"})
+"""Dispatch policies that look at no snapshot: none is made for them, unless requests are rebalanced."""
+
+
+def scheduler_config(policy: str, seed: int = 0) -> SchedulerConfig:
+    """What ``--policy`` means: a dispatch policy, or ``arriero``: freeness with rebalancing. Raises ConfigError."""
+    if policy == "arriero":
+        return SchedulerConfig(dispatch_policy="freeness", rebalancing=RebalancingConfig(), seed=seed)
+    if policy not in DISPATCH_POLICIES and "." not in policy:
+        known = ", ".join([*DISPATCH_POLICIES, "arriero"])
+        raise ConfigError(f"policy {policy!r} is unknown: use one of {known} or the dotted path of your own class")
+    return SchedulerConfig(dispatch_policy=policy, seed=seed)
+
+
+def engine_config(profile: Profile, **facts: Any) -> SimEngineConfig:
+    """An engine of this profile; ``facts`` override fields, like ``max_num_seqs``."""
+    defaults = {
+        "num_blocks": profile.kv_tokens // profile.block_size,
+        "block_size": profile.block_size,
+        "block_bytes": profile.block_size * profile.kv_bytes_per_token,
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": 8192,
+        "step_time": profile.step_time,
+        "with_contents": False,
+    }
+    return SimEngineConfig(**{**defaults, **facts})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatorConfig:
+    """A cluster of equal instances. ``max_steps``: alike steps taken at once; 1 gives the same log, slowly."""
+
+    engine: SimEngineConfig
+    num_instances: int = 1
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    migration: MigrationConfig = field(default_factory=MigrationConfig)
+    copy: CopyConfig = field(default_factory=CopyConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    prefill_first: bool = False  #: as vLLM v0 schedules
+    max_steps: int = 128
+    sample_s: float = 0.0  #: between two samples of the instances' memory; 0: none
+
+    def __post_init__(self) -> None:
+        for name in ("num_instances", "max_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is invalid: it must be 1 or more")
+        if self.sample_s < 0:
+            raise ConfigError(f"sample_s={self.sample_s!r} is invalid: it must be 0 or more seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Memory at one moment, in blocks.
+
+    ``fragmented``: what the heads of queues wait for and would get if the free memory of all instances were one,
+    served from the smallest demand up (Llumnix, OSDI'24, section 6.3): free memory that is in the wrong place.
+    """
+
+    time_s: float
+    used: tuple[int, ...]  #: by instance
+    fragmented: int
+    num_waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationResult:
+    """What happened."""
+
+    config: SimulatorConfig
+    records: list[Record]
+    moves: list[MoveReport]
+    samples: list[Sample]
+    end_s: float  #: when the last request ended
+    num_steps: int
+
+
+class Simulator:
+    """One run of one workload. ``on_progress`` hears the number of requests that ended, now and then."""
+
+    def __init__(
+        self,
+        config: SimulatorConfig,
+        workload: Workload,
+        *,
+        make_events: Callable[[Callable[[], float]], EventLog] | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.kernel = Kernel()
+        self.scheduler = GlobalScheduler(config.scheduler)
+        self.records: dict[RequestId, Record] = {}
+        self.moves: list[MoveReport] = []
+        self.samples: list[Sample] = []
+        self._arrivals: Sequence[Arrival] = workload.arrivals
+        self._events = make_events(lambda: self.kernel.now) if make_events is not None else None
+        self._on_progress = on_progress
+        self._num_arrived = self._num_ended = 0
+        self._end_s = 0.0
+        rebalancing = config.scheduler.rebalancing
+        pace = StepPace() if rebalancing is not None else None
+        self._looks = rebalancing is not None or config.scheduler.dispatch_policy not in BLIND
+        network = Network(config.network, self.kernel, lambda instance: self.instances[instance].cut())
+        hooks = InstanceHooks(on_step=self._on_step, on_preempted=self._on_preempted)
+        self.instances = [
+            VirtualInstance(
+                FastEngine(config.engine, instance=instance, prefill_first=config.prefill_first),
+                self.kernel,
+                network,
+                hooks,
+                migration=config.migration,
+                copy=config.copy,
+                pace=pace,
+                snapshot_interval_s=config.scheduler.snapshot_interval_s if self._looks else None,
+                max_steps=config.max_steps,
+            )
+            for instance in range(config.num_instances)
+        ]
+        self.migrations = VirtualMigrations(
+            kernel=self.kernel,
+            instances=self.instances,
+            config=config.migration,
+            latency_s=config.network.latency_s,
+            pace=pace or StepPace(),
+            on_end=self._on_migration_end,
+        )
+
+    def run(self) -> SimulationResult:
+        """Until every request has ended. Raises ArrieroError if a policy fails."""
+        for instance in self.instances:
+            self.scheduler.instance_joined(instance.instance)
+            self._emit("instance_ready", instance=instance.instance)
+            instance.report()
+        if self._arrivals:
+            self.kernel.at(self._arrivals[0].arrival_s, self._arrive)
+            if self.config.scheduler.rebalancing is not None:
+                self.kernel.at(self.config.scheduler.rebalancing.interval_s, self._rebalance)
+            if self.config.sample_s:
+                self.kernel.at(0.0, self._sample)
+        self.kernel.run()
+        return SimulationResult(
+            self.config,
+            list(self.records.values()),
+            self.moves,
+            self.samples,
+            self._end_s,
+            sum(i.engine.num_steps for i in self.instances),
+        )
+
+    # ------------------------------------------------------------------ requests
+
+    def _arrive(self) -> None:
+        arrival = self._arrivals[self._num_arrived]
+        record = Record(f"r{self._num_arrived}", arrival)
+        self._num_arrived += 1
+        self.records[record.request_id] = record
+        if self._num_arrived < len(self._arrivals):
+            self.kernel.at(self._arrivals[self._num_arrived].arrival_s, self._arrive)
+        longest = self.config.engine.max_model_len
+        if arrival.prompt_tokens + arrival.output_tokens > longest:
+            record.rejected = (
+                f"{arrival.prompt_tokens} + {arrival.output_tokens} tokens are more than max_model_len={longest}"
+            )
+            self._emit("reject", request=record.request_id, reason=record.rejected)
+            self._ended()
+        else:
+            self._dispatch(record)
+
+    def _dispatch(self, record: Record) -> None:
+        now, arrival = self.kernel.now, record.arrival
+        self._collect_snapshots()
+        facts = Dispatchable(
+            request_id=record.request_id,
+            num_prompt_tokens=arrival.prompt_tokens,
+            max_tokens=self.config.engine.max_model_len - arrival.prompt_tokens,
+            priority=arrival.priority,
+        )
+        instance = self._decide(lambda: self.scheduler.dispatch(facts), facts)
+        record.dispatch_s, record.instance = now, instance
+        self._emit("dispatch", request=record.request_id, instance=instance)
+        self.instances[instance].add(
+            FastSequence(record.request_id, arrival.prompt_tokens, arrival.output_tokens, arrival.priority, now)
+        )
+
+    def _decide(self, decide: Callable[[], Any], facts: object) -> Any:
+        try:
+            return decide()
+        except ArrieroError:
+            raise
+        except Exception as error:  # a user's policy may raise anything; its inputs are what explains it
+            snapshots = [self.scheduler.snapshot_of(i.instance) for i in self.instances]
+            raise ArrieroError(
+                f"policy {self.config.scheduler.dispatch_policy} raised {error!r} at {self.kernel.now} s "
+                f"for {facts}, with the snapshots {snapshots}"
+            ) from error
+
+    def _on_step(self, instance: InstanceId, heard: list[FastSequence], ended: list[FastSequence]) -> None:
+        now = self.kernel.now
+        for sequence in heard:
+            self.records[sequence.request_id].heard(now)
+        for sequence in ended:
+            record = self.records[sequence.request_id]
+            record.finish_s, record.num_output = now, sequence.num_output
+            self.scheduler.request_ended(record.request_id)
+            self._emit(
+                "finish",
+                request=record.request_id,
+                instance=instance,
+                how="length",
+                num_output_tokens=sequence.num_output,
+            )
+            self._ended()
+            self.migrations.finished(record.request_id)
+
+    def _ended(self) -> None:
+        self._num_ended += 1
+        self._end_s = self.kernel.now
+        if self._on_progress is not None and self._num_ended % 256 == 0:
+            self._on_progress(self._num_ended)
+
+    def _on_preempted(self, victims: list[FastSequence]) -> None:
+        for victim in victims:
+            record = self.records[victim.request_id]
+            record.num_preemptions += 1
+            if record.preempted_s < 0:
+                record.preempted_s = self.kernel.now
+            self._emit("preempt", request=record.request_id, instance=record.instance)
+
+    @property
+    def _is_over(self) -> bool:
+        return self._num_ended == len(self._arrivals)
+
+    # ------------------------------------------------------------------ load
+
+    def _collect_snapshots(self) -> None:
+        """Deliver what was pushed before now. Only here, since only decisions look at snapshots."""
+        if not self._looks:
+            return
+        for instance in self.instances:
+            instance.settle_snapshots()
+            if instance.due is not None:
+                self.scheduler.snapshot(instance.due)
+                instance.due = None
+
+    def _rebalance(self) -> None:
+        if self._is_over:
+            return
+        rebalancing, now = self.config.scheduler.rebalancing, self.kernel.now
+        assert rebalancing is not None
+        self.kernel.at(now + rebalancing.interval_s, self._rebalance)
+        self._collect_snapshots()
+        for move in self._decide(lambda: self.scheduler.rebalance(now), "a round of rebalancing"):
+            record = self.records[move.request_id]
+            if record.finish_s >= 0 or record.instance != move.source:
+                continue
+            if self.migrations.start(record, move.destination, MigrationMode.LIVE, move.reason):
+                self.scheduler.migration_started(move.request_id, move.source, move.destination)
+
+    def _on_migration_end(self, record: Record, report: MoveReport) -> None:
+        self._collect_snapshots()
+        self.scheduler.migration_ended(record.request_id, ok=report.ok, now=self.kernel.now)
+        record.num_moves += report.ok
+        self.moves.append(report)
+        if self._events is not None:
+            names = [name for name in MoveReport.__slots__ if name != "stages"]
+            self._emit("migration", **{n: getattr(report, n) for n in names}, num_stages=len(report.stages))
+
+    def _sample(self) -> None:
+        if self._is_over:
+            return
+        self.kernel.at(self.kernel.now + self.config.sample_s, self._sample)
+        used = tuple(instance.num_used_blocks() for instance in self.instances)
+        free = sum(instance.engine.config.num_blocks for instance in self.instances) - sum(used)
+        fragmented = 0
+        for demand in sorted(filter(None, (head_demand(instance.engine) for instance in self.instances))):
+            if fragmented + demand > free:
+                break
+            fragmented += demand
+        num_waiting = sum(len(instance.engine.waiting) for instance in self.instances)
+        self.samples.append(Sample(self.kernel.now, used, fragmented, num_waiting))
+
+    def _emit(self, event: str, **fields: Any) -> None:
+        if self._events is not None:
+            self._events.emit(event, **fields)
+
+    def check_integrity(self) -> None:
+        """Raise ProtocolError if the books of an instance contradict themselves; when nothing is left to happen."""
+        for instance in self.instances:
+            check_integrity(instance.engine)
+            instance.llumlet.check_integrity()
