@@ -350,7 +350,7 @@ class Cluster:
             tokens=stream.log,
             config=self.config,
             mode=mode,
-            commit_due_in=lambda now: FakeEngine.step_s / 2,
+            commit_due=lambda now: now + FakeEngine.step_s / 2,
         )
         self.migrations[migration.migration_id] = migration
         stream.migration, stream.ended, stream.replay_at = migration, False, None

@@ -548,7 +548,7 @@ def test_a_late_drop_leaves_the_running_request_alone(destination: Bench) -> Non
 @pytest.mark.parametrize("ending", [DROP, REPLAY])
 def test_an_announced_commit_is_waited_for_until_it_or_drop_comes(destination: Bench, ending: Message) -> None:
     destination.ask(RESERVE)
-    assert destination.says(Expect(**ID, in_s=0.01)) == OK
+    assert destination.says(Expect(**ID, due_s=0.01)) == OK
     assert destination.llumlet.door.hold_for(0.009, 0.1) > 0
     destination.ask(ending)
     assert destination.llumlet.door.hold_for(0.009, 0.1) == 0

@@ -40,6 +40,21 @@ def test_idleness_is_not_a_slow_step() -> None:
     assert pace.next_end_in(0, 60.0) == pytest.approx(0.1)
 
 
+def test_a_message_that_would_miss_the_end_of_a_step_waits_for_the_next() -> None:
+    pace = steps(1.0, 1.1)
+    assert pace.next_end_in(0, 1.195, lead_s=0.01) == pytest.approx(0.105)
+    assert pace.next_end_in(0, 1.195, lead_s=0.001) == pytest.approx(0.005)
+
+
+def test_times_are_translated_by_the_quickest_message_of_an_instance() -> None:
+    pace = StepPace()
+    assert pace.on_clock_of(0, 5.0) == 5.0
+    pace.clock_read(0, theirs_s=100.0, ours_s=1.010)
+    pace.clock_read(0, theirs_s=101.0, ours_s=2.002)
+    pace.clock_read(0, theirs_s=102.0, ours_s=3.500)
+    assert pace.on_clock_of(0, 4.0) == pytest.approx(4.0 + 98.998)
+
+
 def test_a_lost_instance_is_forgotten() -> None:
     pace = steps(1.0, 1.1)
     pace.forget(0)

@@ -133,6 +133,10 @@ class Faults:
         self.on_send: Callable[[Operation, Pass], None] = lambda operation, go: go()
         self.on_answer: Callable[[Operation, Pass], None] = lambda operation, go: go()
 
+    def send(self, instance: InstanceId, message: Message) -> None:
+        """An operation that the owner of the migration knows nothing of."""
+        self._call(instance, message, lambda answer: None)
+
     def _intercepted(self, instance: InstanceId, message: Message, callback: Answered) -> None:
         operation = Operation(instance, message)
         self.seen.append((operation.op, instance))
@@ -290,6 +294,7 @@ class Fleet:
         """Wait for ``condition``; nothing that it waits for may take ``WAIT_S``."""
         deadline = time.monotonic() + WAIT_S
         while not condition():
+            assert not any("could not be handled" in m for m in self._errors.messages), self._errors.messages
             assert time.monotonic() < deadline, f"waited {WAIT_S} s in vain: {self.state()}"
             await asyncio.sleep(0.001)
 
@@ -344,7 +349,9 @@ class Fleet:
         """Once nothing moves, the dispatcher counts every request where it runs."""
         cluster = self.cluster
         await self.until(
-            lambda: all(r.route in self.ready and not cluster.migrations.is_moving(r.request_id) for r in cluster.requests)
+            lambda: all(
+                r.route in self.ready and not cluster.migrations.is_moving(r.request_id) for r in cluster.requests
+            )
         )
         routes = [r.route for r in cluster.requests]
         counted = {i: cluster.scheduler.ledger.num_outstanding(i) for i in self.ready}

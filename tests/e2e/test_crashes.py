@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import replace
+from functools import partial
 
 import pytest
 
+from arriero.core.config import MigrationConfig
 from arriero.core.errors import ConflictError, LaunchError, UnavailableError
-from arriero.core.messages import Op
-from arriero.core.types import InstanceId, InstanceState
+from arriero.core.messages import Drop, Op
+from arriero.core.types import InstanceId, InstanceState, MigrationMode
 from arriero.frontend import cluster as cluster_module
 
 from .harness import LIVE, RECOMPUTE, STOP, Fleet, Operation, Pass, fleet_of
@@ -65,37 +65,229 @@ async def crash(fleet: Fleet, op: Op, who: str, *, answered: bool) -> None:
     fleet.expect_deaths()
 
 
-@pytest.mark.parametrize("who", VICTIMS)
-@pytest.mark.parametrize("answered", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("who", ["source", "destination"])
 @pytest.mark.parametrize("op", STAGES)
-async def test_a_crash_at_every_stage_of_a_move(fleet: Fleet, op: Op, answered: bool, who: str) -> None:
-    await crash(fleet, op, who, answered=answered)
+async def test_a_crash_before_every_stage_of_a_move(fleet: Fleet, op: Op, who: str) -> None:
+    """The operation reaches nobody."""
+    await crash(fleet, op, who, answered=False)
 
 
 @pytest.mark.parametrize("who", VICTIMS)
-@pytest.mark.parametrize("answered", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("op", STAGES)
+async def test_a_crash_after_every_stage_of_a_move(fleet: Fleet, op: Op, who: str) -> None:
+    """The operation was carried out, but nobody hears of it."""
+    await crash(fleet, op, who, answered=True)
+
+
+@pytest.mark.parametrize("who", VICTIMS)
 @pytest.mark.parametrize(("refused", "op"), [(Op.LOAD, Op.DROP), (Op.COMMIT, Op.RESUME)])
-async def test_a_crash_while_a_move_is_called_off(
-    fleet: Fleet, refused: Op, op: Op, answered: bool, who: str
-) -> None:
-    """The destination refuses; then somebody dies before the request goes on at the source, or just after."""
+async def test_a_crash_while_a_move_is_called_off(fleet: Fleet, refused: Op, op: Op, who: str) -> None:
+    """The destination has lost the reservation and refuses; somebody dies as the request is to go on at the source."""
     source, destination, _ = fleet.ready
     victims = {"source": [source], "destination": [destination], "both": [source, destination]}[who]
     stream = fleet.submit(150, 150, at=source, seed=7)
-    await fleet.at_least(3, stream)
-    killer = Killer(fleet, op, victims, answered=answered)
-    kill_answered = fleet.faults.on_answer
+    others = [fleet.submit(30, 150, at=i, seed=i) for i in fleet.ready]
+    await fleet.at_least(3, stream, *others)
+    killer = Killer(fleet, op, victims, answered=False)
+    strike = fleet.faults.on_send
 
-    def refuse(operation: Operation, go: Pass) -> None:
-        if operation.op is refused and operation.answer is not None:
-            fleet.links.call(destination, _drop_of(operation), lambda answer: None)  # it has refused: it holds nothing
-            operation.answer = replace(operation.answer, ok=False, reason="no")
-        kill_answered(operation, go)
+    def drop_before(operation: Operation, go: Pass) -> None:
+        if operation.op is refused:
+            message = operation.message
+            fleet.faults.send(destination, Drop(migration_id=message.migration_id, request_id=message.request_id))
+        strike(operation, go)
 
-    fleet.faults.on_answer = refuse
+    fleet.faults.on_send = drop_before
     report = await fleet.move(stream, destination)
     await fleet.until(lambda: killer.has_struck)
     await fleet.dead(*victims)
-    assert not report.ok
+    assert (report.ok, report.reason) == (False, "destination refused: dropped")
+    await fleet.ledger_agrees()
     await fleet.ended()
     fleet.expect_deaths()
+
+
+async def test_more_streams_than_one_may_take_in_at_a_time_all_go_on(fleet: Fleet) -> None:
+    """Two of three instances die at once; some replays must ask again, and none runs twice."""
+    first, second, survivor = fleet.ready
+    streams = [fleet.submit(20 + i, 60, at=(first, second)[i % 2], seed=i) for i in range(40)]
+    await fleet.at_least(3, *streams)
+    fleet.kill(first, second)
+    await fleet.dead(first, second)
+    await fleet.ledger_agrees()
+    assert {s.where for s in streams if s.finish is None} <= {survivor}
+    await fleet.ended()
+    fleet.expect_deaths()
+    replayed = [e["request"] for e in fleet.events("migration") if e["ok"] and e["source"] is None]
+    assert len(replayed) == len(set(replayed))
+
+
+async def test_a_crash_of_whom_the_streams_fled_to(fleet: Fleet) -> None:
+    """An instance dies; where its streams are taken in, the next one dies: as the reservation is answered, or later."""
+    first, *others = fleet.ready
+    streams = [fleet.submit(40, 200, at=first, seed=i) for i in range(6)]
+    await fleet.at_least(3, *streams)
+    killed: list[InstanceId] = []
+
+    def strike(operation: Operation, go: Pass) -> None:
+        if operation.op is Op.RESERVE and not killed:
+            killed.append(operation.instance)
+            fleet.kill(operation.instance)
+        go()
+
+    fleet.faults.on_answer = strike
+    fleet.kill(first)
+    await fleet.until(lambda: killed)
+    await fleet.dead(first, *killed)
+    await fleet.ledger_agrees()
+    assert {s.where for s in streams} == set(others) - set(killed)
+    await fleet.ended()
+    fleet.expect_deaths()
+
+
+async def test_an_instance_that_is_launched_later_serves_like_any_other(fleet: Fleet) -> None:
+    first, second, third = fleet.ready
+    stream = fleet.submit(60, 300, at=first, seed=5)
+    await fleet.at_least(3, stream)
+    fleet.kill(second, third)
+    await fleet.dead(second, third)
+    (late,) = await fleet.launch()
+    assert states(fleet) == {**states(fleet), first: "ready", second: "dead", third: "dead", late.instance_id: "ready"}
+    assert (await fleet.move(stream, late.instance_id)).ok
+    fleet.kill(first)
+    await fleet.dead(first)
+    assert fleet.submit(20, 20).where == late.instance_id
+    await fleet.ended()
+    fleet.expect_deaths()
+
+
+async def test_an_instance_that_dies_at_its_start_harms_nobody(fleet: Fleet) -> None:
+    stream = fleet.submit(60, 100, seed=5)
+    future = fleet.cluster.instances.launch(fleet.spec)
+    started = next(i for i in fleet.cluster.instances if i.state is InstanceState.STARTING)
+    fleet.kill(started.instance_id)
+    with pytest.raises(LaunchError, match=f"instance {started.instance_id} ended with exit code -9"):
+        await future
+    assert states(fleet)[started.instance_id] == "dead"
+    assert stream.where in fleet.ready
+
+
+# ---------------------------------------------------------------------- nobody is left
+
+
+async def alone(fleet: Fleet) -> InstanceId:
+    """The one instance that is left."""
+    first, *others = fleet.ready
+    fleet.kill(*others)
+    await fleet.dead(*others)
+    return first
+
+
+async def test_streams_wait_for_an_instance_when_the_only_one_dies(fleet: Fleet) -> None:
+    """Meanwhile nothing new is taken, nothing can be moved, and clients may leave; then a new instance takes over."""
+    only = await alone(fleet)
+    stays, leaves = (fleet.submit(60, 200, at=only, seed=i) for i in range(2))
+    await fleet.at_least(5, stays, leaves)
+    fleet.kill(only)
+    await fleet.dead(only)
+    with pytest.raises(UnavailableError, match="no instance is ready"):
+        fleet.submit()
+    with pytest.raises(ConflictError, match=f"instance {only} is dead"):
+        await fleet.move(stays, only)
+    fleet.abort(leaves)
+    (new,) = await fleet.launch()
+    await fleet.at_least(len(stays.tokens) + 1, stays)
+    assert stays.where == new.instance_id
+    await fleet.ended()
+    fleet.expect_deaths()
+
+
+async def test_a_stream_that_waits_for_its_replay_cannot_be_moved(fleet: Fleet) -> None:
+    """Its source is dead: a move would wait for an answer that never comes, and the replay for the move."""
+    only = await alone(fleet)
+    stream = fleet.submit(60, 200, at=only, seed=1)
+    await fleet.at_least(5, stream)
+    fleet.kill(only)
+    await fleet.dead(only)
+    (new,) = await fleet.launch()
+    with pytest.raises(ConflictError):
+        await fleet.move(stream, new.instance_id)
+    await fleet.ended()
+    fleet.expect_deaths()
+
+
+async def test_streams_end_with_an_error_if_nobody_comes(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_module, "REPLAY_DEADLINE_S", 0.3)
+    only = await alone(fleet)
+    streams = [fleet.submit(60, 200, at=only, seed=i) for i in range(3)]
+    await fleet.at_least(5, *streams)
+    fleet.expect_deaths()
+    fleet.kill(only)
+    await fleet.ended()
+    assert [s.finish for s in streams] == ["error"] * 3
+    assert all(s.tokens == s.expected[: len(s.tokens)] for s in streams)
+    fleet.expect_errors("ended unexpectedly", *["is lost: no instance took it within 0 s"] * 3)
+    assert [e["how"] for e in fleet.events("finish")][-3:] == ["lost"] * 3
+
+
+# ---------------------------------------------------------------------- answers are lost, nobody dies
+
+
+@pytest.mark.parametrize("mode", [LIVE, STOP, RECOMPUTE])
+@pytest.mark.parametrize("op", [Op.COMMIT, Op.RELEASE])
+async def test_what_was_decided_is_asked_again_until_it_is_known(fleet: Fleet, op: Op, mode: MigrationMode) -> None:
+    """Two questions and two answers are lost; the stream runs on at the destination meanwhile, and only there."""
+    source, destination, _ = fleet.ready
+    stream = fleet.submit(150, 150, at=source, seed=7)
+    await fleet.at_least(3, stream)
+    lost = {"sent": 0, "answered": 0}
+
+    def lose(what: str, operation: Operation, go: Pass) -> None:
+        if operation.op is op and lost[what] < 2:
+            lost[what] += 1
+        else:
+            go()
+
+    fleet.faults.on_send = partial(lose, "sent")
+    fleet.faults.on_answer = partial(lose, "answered")
+    report = await fleet.move(stream, destination, mode)
+    assert (report.ok, stream.where) == (True, destination)
+    await fleet.ended()
+    await fleet.until(lambda: not fleet.cluster.migrations.open_migrations())
+    assert lost == {"sent": 2, "answered": 2}
+
+
+@pytest.mark.parametrize("mode", [LIVE, STOP, RECOMPUTE])
+async def test_operations_that_arrive_twice_are_carried_out_once(fleet: Fleet, mode: MigrationMode) -> None:
+    source, destination, _ = fleet.ready
+    stream = fleet.submit(150, 150, at=source, seed=7)
+    await fleet.at_least(3, stream)
+
+    def twice(operation: Operation, go: Pass) -> None:
+        go()
+        go()
+
+    fleet.faults.on_send = twice
+    fleet.faults.on_answer = twice
+    report = await fleet.move(stream, destination, mode)
+    assert (report.ok, stream.where) == (True, destination)
+
+
+@pytest.mark.parametrize("op", [Op.LOCATE, Op.RESERVE, Op.COPY, Op.LOAD, Op.DETACH])
+async def test_a_stage_without_an_answer_is_given_up_and_the_stream_stays(op: Op) -> None:
+    """What is lost before COMMIT is not asked for again."""
+    migration = MigrationConfig(stage_timeout_s=0.2, lease_s=0.5, retry_s=0.2)
+    async with fleet_of(2, migration=migration) as hasty:
+        stream = hasty.submit(150, 400, at=0, seed=7)
+        await hasty.at_least(3, stream)
+
+        def lose(operation: Operation, go: Pass) -> None:
+            if operation.op is not op:
+                go()
+
+        hasty.faults.on_answer = lose
+        report = await hasty.move(stream, 1)
+        states = {"locate": "locating", "reserve": "reserving", "copy": "copying", "load": "loading"}
+        assert (report.ok, report.reason) == (False, f"{states.get(op, 'detaching')} timeout")
+        assert stream.where == 0
+        await hasty.assert_clean()

@@ -47,7 +47,7 @@ PREPARING: tuple[Message, ...] = (
     Reserve(**IDS, num_tokens=1),
     Copy(**IDS, first=0, epoch=0),
     Load(**IDS, first=0, end=1, ticket=None, known=0),
-    Expect(**IDS, in_s=0.1),
+    Expect(**IDS, due_s=0.1),
     Detach(**IDS, first=0, epoch=0),
 )
 DECIDING: tuple[Message, ...] = (

@@ -26,7 +26,7 @@ class MigrationConfig:
     lease_s: float = 60.0  #: a reservation without news frees itself
     tombstone_s: float = 300.0  #: how long an ended migration is remembered
     max_incoming: int = 16  #: reservations an instance grants at a time
-    hold_share: float = 0.5  #: a busy destination waits so much of a step for an announced COMMIT; 0: not
+    hold_share: float = 0.75  #: a busy destination waits so much of a step for an announced COMMIT; 0: not
 
     def __post_init__(self) -> None:
         _require(self.stop_blocks >= 0, "stop_blocks", self.stop_blocks, "0 or more")

@@ -69,7 +69,7 @@ class Llumlet:
             case Load():
                 self._destination.load(message, reply, now)
             case Expect():
-                self.door.expect(message.migration_id, now + message.in_s)
+                self.door.expect(message.migration_id, message.due_s)
                 reply(Answer(migration_id=message.migration_id, op=Op.EXPECT))
             case Detach():
                 self._source.detach(message, reply, now)

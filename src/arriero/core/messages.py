@@ -74,9 +74,9 @@ class Load(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expect(Message):
-    """To the destination, together with DETACH: a COMMIT is due in about ``in_s`` seconds. A hint; may be lost."""
+    """To the destination, together with DETACH: when COMMIT is due. A hint; may be lost or late."""
 
-    in_s: float
+    due_s: float  #: on the destination's monotonic clock: messages wait for the end of a step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -122,7 +122,7 @@ class Migration:
 
     ``source`` None: a replay, the request continues from the token log alone.
     ``tokens`` is the live token log: every output token delivered to the client so far.
-    ``commit_due_in`` estimates, at DETACH, in how many seconds COMMIT will reach the destination.
+    ``commit_due`` estimates, at DETACH, when COMMIT will reach the destination, on the destination's clock.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Migration:
         tokens: Sequence[int],
         config: MigrationConfig,
         mode: MigrationMode = MigrationMode.LIVE,
-        commit_due_in: Callable[[float], float] | None = None,
+        commit_due: Callable[[float], float] | None = None,
     ) -> None:
         self.migration_id = migration_id
         self.request_id = request_id
@@ -149,7 +149,7 @@ class Migration:
         self.detach_s: float | None = None
         self.commit_s: float | None = None
         self._tokens = tokens
-        self._commit_due_in = commit_due_in
+        self._commit_due = commit_due
         self._config = config
         self._with_blocks = self.mode is not MigrationMode.RECOMPUTE
         self._epoch = -1
@@ -364,10 +364,10 @@ class Migration:
 
     def _announce(self, now: float) -> list[Command]:
         """Tell the destination when COMMIT will come, so that it can hold its door (see core/door.py)."""
-        if self._commit_due_in is None or not self._with_blocks:
+        if self._commit_due is None or not self._with_blocks:
             return []
-        in_s = self._commit_due_in(now)
-        return [Send(self.destination, Expect(migration_id=self.migration_id, request_id=self.request_id, in_s=in_s))]
+        due_s = self._commit_due(now)
+        return [Send(self.destination, Expect(migration_id=self.migration_id, request_id=self.request_id, due_s=due_s))]
 
     def _on_detached(self, answer: Answer, now: float) -> list[Command]:
         if not answer.ok:

@@ -1,4 +1,4 @@
-"""The pace of each instance's steps, as seen from outside: when will its next step end?"""
+"""The pace of each instance's steps and its clock, as seen from outside: when will its next step end?"""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ class StepPace:
     def __init__(self) -> None:
         self._last_s: dict[InstanceId, float] = {}
         self._period_s: dict[InstanceId, float] = {}
+        self._ahead_s: dict[InstanceId, float] = {}
 
     def step_ended(self, instance: InstanceId, now: float) -> None:
         """Outputs of a step have arrived."""
@@ -28,12 +29,25 @@ class StepPace:
         elif gap < _PAUSE * period:
             self._period_s[instance] = period + _WEIGHT * (gap - period)
 
-    def next_end_in(self, instance: InstanceId, now: float) -> float:
-        """Seconds until the step that runs now ends; 0 if unknown or overdue."""
+    def next_end_in(self, instance: InstanceId, now: float, lead_s: float = 0.0) -> float:
+        """Seconds until the first step ends that a message sent now, ``lead_s`` on its way, does not miss.
+
+        0 if the pace is unknown or the step is overdue.
+        """
         period = self._period_s.get(instance)
         if period is None:
             return 0.0
-        return max(0.0, self._last_s[instance] + period - now)
+        left = self._last_s[instance] + period - now
+        return left + period if 0 <= left < lead_s else max(0.0, left)
+
+    def clock_read(self, instance: InstanceId, theirs_s: float, ours_s: float) -> None:
+        """The instance's clock showed ``theirs_s`` when it sent what arrived at ``ours_s``."""
+        ahead = theirs_s - ours_s
+        self._ahead_s[instance] = max(ahead, self._ahead_s.get(instance, ahead))
+
+    def on_clock_of(self, instance: InstanceId, ours_s: float) -> float:
+        """Our time on the instance's clock, by its quickest message; ours if it never sent one."""
+        return ours_s + self._ahead_s.get(instance, 0.0)
 
     def since_last_end(self, instance: InstanceId, now: float) -> float:
         """Seconds since the last step ended; 0 before the first."""
@@ -43,3 +57,4 @@ class StepPace:
         """The instance is gone."""
         self._last_s.pop(instance, None)
         self._period_s.pop(instance, None)
+        self._ahead_s.pop(instance, None)

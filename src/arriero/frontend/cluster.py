@@ -169,6 +169,7 @@ class Cluster:
     def on_snapshot(self, snapshot: InstanceSnapshot) -> None:
         """From the links."""
         self.instances.on_snapshot(snapshot.instance)
+        self.pace.clock_read(snapshot.instance, snapshot.time_s, self.clock())
         self.scheduler.snapshot(snapshot)
 
     def on_outputs(self, outputs: Any) -> None:

@@ -7,6 +7,7 @@ import logging
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from arriero.core.config import MigrationConfig
@@ -31,6 +32,9 @@ from arriero.frontend.requests import LiveRequest
 
 logger = logging.getLogger(__name__)
 
+
+DETACH_LEAD_S = 0.002
+"""What DETACH needs to reach the source and to be ready when its step ends."""
 
 HANDOVER_S = 0.002
 """First guess: from the end of the source's last step until COMMIT is at the destination."""
@@ -122,9 +126,7 @@ class MigrationRunner:
             tokens=request.tokens,
             config=self._config,
             mode=mode,
-            commit_due_in=None
-            if source is None
-            else lambda now: self._pace.next_end_in(source, now) + self._handover_s,
+            commit_due=None if source is None else partial(self._commit_due, source, destination),
         )
         report = MigrationReport(
             migration_id=migration_id,
@@ -139,6 +141,11 @@ class MigrationRunner:
         self._open[request_id] = self._runs[migration_id] = run
         self._execute(run, machine.start(now))
         return run.ended
+
+    def _commit_due(self, source: InstanceId, destination: InstanceId, now: float) -> float:
+        """When a COMMIT will be at the destination if DETACH is sent now, on the destination's clock."""
+        due_s = now + self._pace.next_end_in(source, now, DETACH_LEAD_S) + self._handover_s
+        return self._pace.on_clock_of(destination, due_s)
 
     def is_moving(self, request_id: RequestId) -> bool:
         """Whether a migration of this request has no outcome yet."""

@@ -158,19 +158,22 @@ def _progress(num_requests: int, *, shown: bool) -> Iterator[Callable[[int], Non
         yield lambda num_ended: progress.update(task, completed=num_ended)
 
 
-COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "prefill mean s": lambda s: _figure(s["ttft_s"], "mean"),
-    "P50": lambda s: _figure(s["ttft_s"], "p50"),
-    "P99": lambda s: _figure(s["ttft_s"], "p99"),
+    "prefill P50 s": lambda s: _figure(s["ttft_s"], "p50"),
+    "prefill P99 s": lambda s: _figure(s["ttft_s"], "p99"),
     "decode mean ms": lambda s: _figure(s["tpot_s"], "mean", 1e3),
-    "P99 ": lambda s: _figure(s["tpot_s"], "p99", 1e3),
+    "decode P99 ms": lambda s: _figure(s["tpot_s"], "p99", 1e3),
     "request mean s": lambda s: _figure(s["e2e_s"], "mean"),
-    "P99  ": lambda s: _figure(s["e2e_s"], "p99"),
-    "preempted": lambda s: str(s["num_preemptions"]),
-    "loss s": lambda s: f"{s['preemption_loss_s']:.3f}",
-    "fragm. %": lambda s: "-" if s["fragmentation"] is None else f"{100 * s['fragmentation']:.2f}",
-    "moves": lambda s: f"{s['num_migrations']}",
-    "downtime ms": lambda s: _figure(s["downtime_s"], "mean", 1e3),
+    "request P99 s": lambda s: _figure(s["e2e_s"], "p99"),
+    "preemptions": lambda s: str(s["num_preemptions"]),
+    "preemption loss s": lambda s: f"{s['preemption_loss_s']:.3f}",
+    "fragmentation %": lambda s: _percent(s["fragmentation"]),
+    "memory %": lambda s: _percent(s["memory"]),
+    "migrations": lambda s: str(s["num_migrations"]),
+    "downtime mean ms": lambda s: _figure(s["downtime_s"], "mean", 1e3),
+    "downtime P99 ms": lambda s: _figure(s["downtime_s"], "p99", 1e3),
+    "tokens / s": lambda s: f"{s['tokens_per_s']:.0f}",
     "CPU s": lambda s: f"{s['cpu_s']:.2f}",
 }
 
@@ -179,13 +182,17 @@ def _figure(spread: dict[str, float] | None, name: str, scale: float = 1.0) -> s
     return "-" if spread is None else f"{scale * spread[name]:.4g}"
 
 
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
 def _table(workload: Workload, summaries: dict[str, dict[str, Any]]) -> Table:
     rejected = next(iter(summaries.values()))["num_rejected"]
     title = f"{workload.name}: {len(workload.arrivals)} requests, {workload.rate:.3g} a second"
     table = Table(title=title + (f", {rejected} rejected" if rejected else ""), title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("policy")
-    for column in COLUMNS:
-        table.add_column(column, justify="right")
-    for policy, summary in summaries.items():
-        table.add_row(policy, *[show(summary) for show in COLUMNS.values()])
+    table.add_column("")
+    for policy in summaries:
+        table.add_column(policy, justify="right", no_wrap=True)
+    for name, show in FIGURES.items():
+        table.add_row(name, *[show(summary) for summary in summaries.values()])
     return table

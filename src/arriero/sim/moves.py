@@ -76,7 +76,7 @@ class VirtualMigrations:
 
     def start(self, record: Record, destination: InstanceId, mode: MigrationMode, cause: str) -> bool:
         """Start a migration; False if it cannot even begin."""
-        source, now = record.instance, self._kernel.now
+        source, now, latency_s = record.instance, self._kernel.now, self._latency_s
         origin = self._instances[source].engine.live.get(record.request_id)
         if record.request_id in self._open or origin is None or source == destination:
             return False
@@ -90,7 +90,7 @@ class VirtualMigrations:
             tokens=log,
             config=self._config,
             mode=mode,
-            commit_due_in=lambda now: self._pace.next_end_in(source, now) + HANDOVER_S,
+            commit_due=lambda now: now + self._pace.next_end_in(source, now, latency_s) + HANDOVER_S,
         )
         arriving = FastSequence(
             record.request_id, origin.num_prompt, origin.num_wanted, origin.priority, origin.arrival_s

@@ -105,6 +105,7 @@ SYMBOLS: tuple[Symbol, ...] = (
             "abort_requests",
             "add_request",
             "collective_rpc",
+            "execute_dummy_batch",
             "has_work",
             "list_loras",
             "preprocess_add_request",

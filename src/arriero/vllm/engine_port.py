@@ -213,6 +213,8 @@ class VllmEnginePort:
     def start_import(self, migration_id: MigrationId, request_id: RequestId, first: int, end: int, ticket: Any) -> None:
         """See the port."""
         ids = self._block_ids(request_id)[first:end]
+        if not first and not self._engine.has_work():
+            self._engine.execute_dummy_batch()  # a first step from idleness is slower, and would be in the pause
         self._copier.start_import(migration_id, ids, ticket, self._share(request_id))
 
     @_contained
