@@ -15,6 +15,7 @@ from rich.table import Table
 
 from arriero import __version__
 from arriero.core.types import MigrationMode
+from arriero.sim import cli as simulation
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     migrate.add_argument("--to", type=int, required=True, help="instance to move to")
     migrate.add_argument("--mode", choices=[m.value for m in MigrationMode], default=MigrationMode.LIVE.value)
     migrate.set_defaults(run=_migrate)
+    simulation.add_parser(commands)
     for command in (status, migrate):
         command.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
         command.add_argument("--api-key", default=None, help="the server's API key, if it wants one")

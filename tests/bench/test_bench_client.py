@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import random
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -223,3 +224,33 @@ async def test_polling_ends_with_the_answer_or_with_the_time() -> None:
 
     assert await poll(probe, lambda answer: answer == 2, timeout_s=10.0) == 2
     assert await poll(probe, lambda _: False, timeout_s=0.0) == 3
+
+
+async def test_a_measurement_during_which_the_machine_stood_still_is_taken_anew(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arriero.bench.client.STALL_S", 0.2)
+    pauses = iter((0.5, 0.4, 0.0))
+
+    async def take() -> float:
+        pause = next(pauses)
+        time.sleep(pause)  # noqa: ASYNC251 - as if suspended
+        await asyncio.sleep(0.1)
+        return pause
+
+    assert await client.undisturbed(take) == 0.0
+    assert client.stalled_s() > 0.7
+    assert client.stalled_s(time.perf_counter()) == 0.0
+
+
+async def test_a_machine_that_stands_still_again_and_again_does_not_keep_us_for_ever(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arriero.bench.client.STALL_S", -1.0)
+    tries = []
+
+    async def take() -> None:
+        tries.append(1)
+
+    await client.undisturbed(take)
+    assert len(tries) == 5

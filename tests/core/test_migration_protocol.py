@@ -172,7 +172,8 @@ REACHED = (
     "aborted: destination refused", "aborted: destination lost", "aborted: source lost", "aborted: export failed",
     "aborted: locating timeout", "aborted: reserving timeout", "aborted: copying timeout",
     "aborted: loading timeout", "aborted: detaching timeout",
-    "commit refused", "woken while committing", "delivered while committing", "lost while committing", "lost after it had delivered",
+    "commit refused", "woken while committing", "delivered while committing", "lost while committing",
+    "lost after it had delivered",
     "answer lost", "repeated", "crash", "orphan",
 )  # fmt: skip
 """What the walk must have seen, or it has proved nothing."""

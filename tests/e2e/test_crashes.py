@@ -118,7 +118,7 @@ async def test_more_streams_than_one_may_take_in_at_a_time_all_go_on(fleet: Flee
     assert {s.where for s in streams if s.finish is None} <= {survivor}
     await fleet.ended()
     fleet.expect_deaths()
-    replayed = [e["request"] for e in fleet.events("migration") if e["ok"] and e["source"] is None]
+    replayed = [e["request_id"] for e in fleet.events("migration") if e["ok"] and e["source"] is None]
     assert len(replayed) == len(set(replayed))
 
 
@@ -147,7 +147,7 @@ async def test_a_crash_of_whom_the_streams_fled_to(fleet: Fleet) -> None:
 
 async def test_an_instance_that_is_launched_later_serves_like_any_other(fleet: Fleet) -> None:
     first, second, third = fleet.ready
-    stream = fleet.submit(60, 300, at=first, seed=5)
+    stream = fleet.submit(60, 900, at=first, seed=5)
     await fleet.at_least(3, stream)
     fleet.kill(second, third)
     await fleet.dead(second, third)

@@ -22,6 +22,8 @@ COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 
 POLL_S = 0.05
+STALL_S = 1.0  #: no other program keeps us waiting that long
+MAX_TRIES = 5
 
 T = TypeVar("T")
 
@@ -183,20 +185,45 @@ class Call:
 
 
 class Client:
-    """Talks to one server; an async context manager."""
+    """Talks to one server; an async context manager. It notices when the whole machine stands still."""
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self._stalls: list[tuple[float, float]] = []  # when, for how many seconds
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30.0)
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
 
     async def __aenter__(self) -> Self:
+        self._watch = asyncio.create_task(self._watch_clock())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._watch.cancel()
         await self._session.close()
+
+    async def _watch_clock(self) -> None:
+        while True:
+            slept_s = perf_counter()
+            await asyncio.sleep(POLL_S)
+            late_s = perf_counter() - slept_s - POLL_S
+            if late_s > STALL_S:
+                self._stalls.append((slept_s, late_s))
+
+    def stalled_s(self, since_s: float = float("-inf")) -> float:
+        """Seconds that this process did not get: a virtual machine was suspended, say. Hiccups are not counted."""
+        return sum(late_s for when_s, late_s in self._stalls if when_s + POLL_S + late_s > since_s)
+
+    async def undisturbed(self, take: Callable[[], Awaitable[T]]) -> T:
+        """What ``take`` measures, taken anew if the machine stood still meanwhile."""
+        for _ in range(MAX_TRIES):
+            started_s = perf_counter()
+            taken = await take()
+            await asyncio.sleep(2 * POLL_S)  # the watch may be next only after us
+            if not self.stalled_s(started_s):
+                break
+        return taken
 
     async def get(self, path: str, **params: Any) -> Any:
         """A JSON document. Raises aiohttp.ClientResponseError."""

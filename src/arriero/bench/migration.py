@@ -18,6 +18,7 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -104,20 +105,20 @@ class Bench:
     async def run(self) -> list[Sample]:
         """All samples."""
         for mode in self._plan.modes:  # the first migrations map shared memory and take every path once
-            await self._take(min(self._plan.contexts), mode)
+            await self._take(IDLE, min(self._plan.contexts), mode)
         samples = []
         for repeat, load in itertools.product(range(self._plan.repeats), self._plan.loads):
             try:
                 for context, mode in self._plan.cells(repeat, self._rng):
-                    await self._prepare(load)
-                    sample = await self._take(context, mode)
+                    sample = await self._client.undisturbed(partial(self._take, load, context, mode))
                     samples.append({"load": load, "context": context, "mode": mode, "repeat": repeat, **sample})
                     say(describe(samples[-1]))
             finally:
                 await self._stop_neighbours()
         return samples
 
-    async def _take(self, context: int, mode: str) -> Sample:
+    async def _take(self, load: str, context: int, mode: str) -> Sample:
+        await self._prepare(load)
         call = self._start(context, self._plan.max_tokens)
         try:
             return await self._move(call, mode)
@@ -301,7 +302,6 @@ def _ms(seconds: float | None) -> float:
 
 
 def _rounded(value: Any) -> Any:
-    """Short enough for a table of 80 columns."""
     return round(value) if isinstance(value, float) and value >= 100 else value
 
 

@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +26,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import arriero
@@ -54,7 +55,7 @@ class Outcome:
     """What one suite made of one mutant."""
 
     killed_by: str | None  #: the first test that failed
-    seconds: float
+    cpu_s: float
 
 
 def patch(text: str, mutant: Mutant) -> str:
@@ -85,8 +86,11 @@ def overlay(mutant: Mutant | None) -> Iterator[Path]:
         yield Path(name)
 
 
-def run(suite: Sequence[str], path: Path, timeout_s: float) -> Outcome:
-    """Run the tests against the package under ``path``, up to the first failure."""
+def run(suite: Sequence[str], path: Path, limit_s: int) -> Outcome:
+    """Run the tests against the package under ``path``, up to the first failure.
+
+    ``limit_s`` is CPU time: on a busy machine, or while stopped, a test may take any time without having failed.
+    """
     env = os.environ | {
         "PYTHONPATH": str(path),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -99,24 +103,32 @@ def run(suite: Sequence[str], path: Path, timeout_s: float) -> Outcome:
     ).stdout.strip()  # fmt: skip
     if Path(where).parent.parent.resolve() != path.resolve():
         raise ConfigError(f"the tests would import arriero.core from {where}, not from the mutant in {path}")
-    options = ("-x", "-q", "-rf", "--tb=no", "-p", "no:cacheprovider", "-o", f"timeout={timeout_s}")
-    began = perf_counter()
+    options = ("-x", "-q", "-rf", "--tb=no", "-p", "no:cacheprovider", "-o", "timeout=0")
+    began_s = _cpu_of_children()
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *suite], env=env, capture_output=True, text=True, check=False
-    )
-    seconds = round(perf_counter() - began, 2)
+        ["bash", "-c", 'ulimit -t "$1"; shift; exec "$@"', "limit", str(limit_s), sys.executable, "-m", "pytest", *options, *suite],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    cpu_s = round(_cpu_of_children() - began_s, 2)
     failed = re.search(r"^FAILED \S*?::(.*?)(?: - |$)", done.stdout, re.MULTILINE)
     if done.returncode == 0:
-        return Outcome(killed_by=None, seconds=seconds)
+        return Outcome(killed_by=None, cpu_s=cpu_s)
     if done.returncode == 1 and failed:
-        return Outcome(killed_by=failed[1], seconds=seconds)
+        return Outcome(killed_by=failed[1], cpu_s=cpu_s)
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL) and cpu_s >= limit_s - 1:
+        return Outcome(killed_by=f"no end after {limit_s} s of CPU", cpu_s=cpu_s)
     raise ConfigError(f"the tests did not run (pytest's exit code {done.returncode}):\n{done.stdout}{done.stderr}")
 
 
-def try_suites(mutant: Mutant | None, suites: Sequence[str], timeout_s: float) -> dict[str, Outcome]:
+def _cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def try_suites(mutant: Mutant | None, suites: Sequence[str], limit_s: int) -> dict[str, Outcome]:
     """The outcome of each suite; ``mutant`` None: the code as it is, which must pass."""
     with overlay(mutant) as path:
-        return {name: run(SUITES[name], path, timeout_s) for name in suites}
+        return {name: run(SUITES[name], path, limit_s) for name in suites}
 
 
 def sample_of(mutant: Mutant, outcomes: dict[str, Outcome]) -> dict[str, Any]:
@@ -125,7 +137,7 @@ def sample_of(mutant: Mutant, outcomes: dict[str, Outcome]) -> dict[str, Any]:
         "mutant": mutant.name,
         "file": mutant.file,
         "killed": any(o.killed_by for o in outcomes.values()),
-        "suites": {name: {"killed_by": o.killed_by, "seconds": o.seconds} for name, o in outcomes.items()},
+        "suites": {name: {"killed_by": o.killed_by, "cpu_s": o.cpu_s} for name, o in outcomes.items()},
     }
 
 
@@ -133,7 +145,7 @@ def row_of(sample: dict[str, Any]) -> dict[str, Any]:
     """One mutant's line in the table: the killing test, and which suites find it alone."""
     suites = sample["suites"]
     killers = [o["killed_by"] for o in suites.values() if o["killed_by"]]
-    seconds = {name: f"{o['seconds']:.1f} s" if o["killed_by"] else "-" for name, o in suites.items()}
+    seconds = {name: f"{o['cpu_s']:.1f} s" if o["killed_by"] else "-" for name, o in suites.items()}
     return {"mutant": sample["mutant"], "killed_by": killers[0] if killers else SURVIVED.upper(), **seconds}
 
 
@@ -141,18 +153,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m arriero.bench.mutants", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="WORD", help="mutants with one of these words in their name")
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES), help="(default: all)")
-    parser.add_argument("--timeout", type=float, default=120.0, help="s a test; then it has failed (default: 120)")
+    parser.add_argument("--limit", type=int, default=120, help="s of CPU a suite; then it hangs (default: 120)")
     return parser
 
 
-def try_all(mutants: Sequence[Mutant], suites: Sequence[str], timeout_s: float) -> list[dict[str, Any]]:
+def try_all(mutants: Sequence[Mutant], suites: Sequence[str], limit_s: int) -> list[dict[str, Any]]:
     """A sample for each mutant, once the suites have passed without any."""
-    for name, outcome in try_suites(None, suites, timeout_s).items():
+    for name, outcome in try_suites(None, suites, limit_s).items():
         if outcome.killed_by:
             raise ConfigError(f"suite {name} fails without any mutant, at {outcome.killed_by}: mend that first")
     samples = []
     for mutant in mutants:
-        samples.append(sample_of(mutant, try_suites(mutant, suites, timeout_s)))
+        samples.append(sample_of(mutant, try_suites(mutant, suites, limit_s)))
         print(f"{'killed' if samples[-1]['killed'] else SURVIVED}: {mutant.name}", file=sys.stderr, flush=True)
     return samples
 
@@ -162,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     chosen = [m for m in MUTANTS if not args.only or any(word in m.name for word in args.only)]
     try:
-        samples = try_all(chosen, args.suites, args.timeout)
+        samples = try_all(chosen, args.suites, args.limit)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

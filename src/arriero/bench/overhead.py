@@ -20,7 +20,7 @@ from time import perf_counter
 from typing import Any
 
 from arriero.bench import report
-from arriero.bench.client import COMPLETIONS, Client, Reply, decode_body, median, percentile, random_prompt
+from arriero.bench.client import COMPLETIONS, MAX_TRIES, Client, Reply, decode_body, median, percentile, random_prompt
 from arriero.bench.report import Target
 from arriero.bench.server import (
     SERVED_NAME,
@@ -98,10 +98,13 @@ async def measure(url: str, prompts: Sequence[list[int]], concurrency: int, outp
         started_s = perf_counter()
         await asyncio.gather(*[work(client) for _ in range(concurrency)])
         seconds = perf_counter() - started_s
+        await asyncio.sleep(0.1)  # the client's watch may be next only after us
+        stalled_s = client.stalled_s()
     for reply in replies:
         if reply.num_tokens != output_tokens:
             raise ArrieroError(f"{url}: {reply.num_tokens} of {output_tokens} tokens came: {reply.error}")
     return {
+        "machine_stalled_s": stalled_s,
         "tokens_per_s": round(len(replies) * output_tokens / seconds, 3),
         "ttft_ms": [round(1e3 * reply.ttft_s, 3) for reply in replies],
         "tpot_ms": [round(1e3 * reply.tpot_s, 3) for reply in replies],
@@ -122,12 +125,19 @@ class Bench:
             self._turn(name, self._prompts(max(self._plan.concurrencies)), max(self._plan.concurrencies))
         samples = []
         for number, concurrency, order in turns(self._plan):
-            prompts = self._prompts(self._plan.num_requests(concurrency))
-            for name in order:
-                sample = self._turn(name, prompts, concurrency)
-                samples.append({"round": number, "concurrency": concurrency, "server": name, **sample})
-                say(f"round {number}, concurrency {concurrency}, {name}: {sample['tokens_per_s']:.1f} tokens/s")
+            for sample in self._pair(concurrency, order):
+                samples.append({"round": number, "concurrency": concurrency, **sample})
+                say(f"round {number}, concurrency {concurrency}, {sample['server']}: {sample['tokens_per_s']:.1f} /s")
         return samples
+
+    def _pair(self, concurrency: int, order: Sequence[str]) -> list[Sample]:
+        """A turn of each server, taken anew if the machine stood still meanwhile."""
+        for _ in range(MAX_TRIES):
+            prompts = self._prompts(self._plan.num_requests(concurrency))
+            pair = [{"server": name, **self._turn(name, prompts, concurrency)} for name in order]
+            if not any(sample["machine_stalled_s"] for sample in pair):
+                break
+        return pair
 
     def _turn(self, name: str, prompts: Sequence[list[int]], concurrency: int) -> Sample:
         server = self._servers[name]

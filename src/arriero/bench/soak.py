@@ -120,12 +120,12 @@ class Soak:
 
     async def moved(self, references: Sequence[Reply], seconds: float, concurrency: int) -> list[dict[str, Any]]:
         """All cases, over and over for ``seconds``, while the mover runs; one record an answer."""
-        deadline = perf_counter() + seconds
+        deadline = perf_counter() + seconds - self._client.stalled_s()
         records: list[dict[str, Any]] = []
         numbers = itertools.cycle(range(len(self._cases)))
 
         async def work() -> None:
-            while perf_counter() < deadline:
+            while perf_counter() < deadline + self._client.stalled_s():
                 number = next(numbers)
                 records.append(await self._one(number, references[number]))
 
@@ -188,7 +188,7 @@ async def soak(url: str, args: argparse.Namespace) -> dict[str, Any]:
         together = await run.references(args.concurrency)
         say(f"moving every running request every {1e3 * args.interval:.0f} ms for {args.seconds:.0f} s")
         samples = await run.moved(alone, args.seconds, args.concurrency)
-        leaks = await run.leaks()
+        leaks, stalled_s = await run.leaks(), client.stalled_s()
     references = [
         {
             "case": number,
@@ -205,6 +205,7 @@ async def soak(url: str, args: argparse.Namespace) -> dict[str, Any]:
         "outcomes": outcomes,
         "moved_bytes": mover.moved_bytes,
         "leaks": leaks,
+        "machine_stalled_s": stalled_s,
     }
 
 

@@ -38,7 +38,7 @@ class StepPace:
         if period is None:
             return 0.0
         left = self._last_s[instance] + period - now
-        return left + period if 0 <= left < lead_s else max(0.0, left)
+        return left + period if 0 <= left < min(lead_s, period / 2) else max(0.0, left)
 
     def clock_read(self, instance: InstanceId, theirs_s: float, ours_s: float) -> None:
         """The instance's clock showed ``theirs_s`` when it sent what arrived at ``ours_s``."""

@@ -258,6 +258,10 @@ class Cluster:
         if request.route == destination:
             raise ConflictError(f"request {request.request_id} runs on instance {destination} already")
         source = request.route
+        if self.instances[source].state is InstanceState.DEAD:
+            raise ConflictError(
+                f"request {request.request_id} was on instance {source}, which died: it waits for a replay"
+            )
         future = self.migrations.start(request, destination, mode=mode, cause=cause, source=source)
         self.scheduler.migration_started(request.request_id, source, destination)
         return future

@@ -33,8 +33,9 @@ from arriero.frontend.requests import LiveRequest
 logger = logging.getLogger(__name__)
 
 
-DETACH_LEAD_S = 0.002
-"""What DETACH needs to reach the source and to be ready when its step ends."""
+DETACH_LEAD_S = 0.008
+"""What DETACH may need to be ready at the end of the source's step: its engine's input thread waits for a core and
+the GIL, both of which the step keeps busy."""
 
 HANDOVER_S = 0.002
 """First guess: from the end of the source's last step until COMMIT is at the destination."""
