@@ -105,10 +105,9 @@ def run(suite: Sequence[str], path: Path, limit_s: int) -> Outcome:
         raise ConfigError(f"the tests would import arriero.core from {where}, not from the mutant in {path}")
     options = ("-x", "-q", "-rf", "--tb=no", "-p", "no:cacheprovider", "-o", "timeout=0")
     began_s = _cpu_of_children()
-    done = subprocess.run(
-        ["bash", "-c", 'ulimit -t "$1"; shift; exec "$@"', "limit", str(limit_s), sys.executable, "-m", "pytest", *options, *suite],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    limited = ["bash", "-c", 'ulimit -t "$1"; shift; exec "$@"', "limit", str(limit_s)]
+    pytest = [sys.executable, "-m", "pytest", *options, *suite]
+    done = subprocess.run([*limited, *pytest], env=env, capture_output=True, text=True, check=False)
     cpu_s = round(_cpu_of_children() - began_s, 2)
     failed = re.search(r"^FAILED \S*?::(.*?)(?: - |$)", done.stdout, re.MULTILINE)
     if done.returncode == 0:
