@@ -418,3 +418,29 @@ class AnyHistory(RuleBasedStateMachine):
 
 
 TestAnyHistory = AnyHistory.TestCase
+
+
+def test_a_request_whose_source_dies_in_the_middle_of_its_move_counts_at_the_destination() -> None:
+    """It goes on there if the move succeeds; one that went to a dead instance counts nowhere."""
+    made = scheduler(0, 1)
+    made.dispatch(facts("r"))
+    source = next(i for i in (0, 1) if made.ledger.num_outstanding(i))
+    made.migration_started("r", source, 1 - source)
+    made.instance_lost(source)
+    assert made.ledger.num_outstanding(1 - source) == 1
+    made.instance_lost(1 - source)
+    assert not made.ledger.knows("r")
+
+
+class Stubborn:
+    """A user's policy with a mistake."""
+
+    def choose(self, request: Dispatchable, view: object) -> InstanceId:
+        return 7
+
+
+def test_a_policy_that_chooses_no_candidate_is_named_and_nothing_is_sent() -> None:
+    made = scheduler(0, 1, dispatch_policy=f"{__name__}.Stubborn")
+    with pytest.raises(ConfigError, match=r"Stubborn' chose instance 7, which is none of the candidates \[0, 1\]"):
+        made.dispatch(facts("r"))
+    assert not made.ledger.knows("r")

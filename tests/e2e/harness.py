@@ -286,7 +286,8 @@ class Fleet:
 
     async def move(self, stream: Stream, to: InstanceId, mode: MigrationMode = LIVE) -> MigrationReport:
         """Move a client's request and wait for the outcome."""
-        return await self.cluster.migrate(stream.id, to, mode)
+        async with asyncio.timeout(WAIT_S):
+            return await self.cluster.migrate(stream.id, to, mode)
 
     # ------------------------------------------------------------------ waiting
 
@@ -326,7 +327,8 @@ class Fleet:
 
     async def launch(self, num_instances: int = 1) -> list[Instance]:
         """More instances."""
-        return await asyncio.gather(*[self.cluster.instances.launch(self.spec) for _ in range(num_instances)])
+        async with asyncio.timeout(WAIT_S):
+            return await asyncio.gather(*[self.cluster.instances.launch(self.spec) for _ in range(num_instances)])
 
     def kill(self, *instances: InstanceId) -> None:
         """SIGKILL, at once."""
@@ -444,7 +446,8 @@ async def fleet_of(
         fleet = Fleet(folder, policy=policy, engine=engine or {}, migration=migration, rebalancing=rebalancing)
         fleet.engine_of = engine_of or {}
         try:
-            await fleet.cluster.start(num_instances)
+            async with asyncio.timeout(WAIT_S):
+                await fleet.cluster.start(num_instances)
             yield fleet
         finally:
             fleet.close()

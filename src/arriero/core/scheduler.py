@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from arriero.core.config import SchedulerConfig
 from arriero.core.dispatch import DispatchView, make_dispatch_policy
-from arriero.core.errors import UnavailableError
+from arriero.core.errors import ConfigError, UnavailableError
 from arriero.core.ledger import Ledger
 from arriero.core.load import freeness
 from arriero.core.rebalancing import Move, choose_request, pair
@@ -70,11 +70,18 @@ class GlobalScheduler:
     # ------------------------------------------------------------------ what to do
 
     def dispatch(self, request: Dispatchable) -> InstanceId:
-        """The instance for a new (or replayed) request. Raises UnavailableError if none is ready."""
+        """The instance for a new (or replayed) request. Raises UnavailableError if none is ready, and ConfigError if
+        the policy chooses an instance that is no candidate.
+        """
         candidates = [i for i, s in sorted(self._states.items()) if s is InstanceState.READY]
         if not candidates:
             raise UnavailableError("no instance is ready: all are starting, draining or dead; try again")
         instance = self._policy.choose(request, DispatchView(candidates, self._snapshots, self.ledger))
+        if self._states.get(instance) is not InstanceState.READY:
+            raise ConfigError(
+                f"dispatch policy {self.config.dispatch_policy!r} chose instance {instance!r}, "
+                f"which is none of the candidates {candidates}: correct its choose()"
+            )
         self.ledger.sent(request, instance)
         return instance
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from arriero.core.config import MigrationConfig, SchedulerConfig
-from arriero.core.errors import ArrieroError, ConflictError, ProtocolError, UnavailableError
+from arriero.core.errors import ArrieroError, ConflictError, ProtocolError
 from arriero.core.pace import StepPace
 from arriero.core.scheduler import GlobalScheduler
 from arriero.core.types import (
@@ -321,7 +321,7 @@ class Cluster:
             report = await self.migrations.start(
                 request, destination, mode=MigrationMode.RECOMPUTE, cause="instance lost", source=None
             )
-        except (UnavailableError, ConflictError):
+        except ArrieroError:
             return False
         if not report.ok:
             self.scheduler.request_ended(request.request_id)

@@ -1,0 +1,136 @@
+"""`--rebalance`: streams leave the fuller instance by themselves, nobody notices, and then there is peace."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from arriero.core.config import RebalancingConfig
+from arriero.core.types import InstanceId
+
+from .harness import Fleet
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+FLEET = {
+    "num_instances": 3,
+    "engine": {"num_blocks": 256, "time_scale": 0.3, "max_num_seqs": 12},
+    # No cooldown: it would hide a request that is wanted back.
+    "rebalancing": RebalancingConfig(interval_s=0.01, low_freeness=60, high_freeness=60, cooldown_s=0),
+}
+ENDLESS = 1500
+
+
+class Rounds:
+    """Counts the rounds of the rebalancer from now on."""
+
+    def __init__(self, fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._fleet = fleet
+        self.count = 0
+        rebalance = fleet.cluster.scheduler.rebalance
+
+        def counted(now: float) -> list[object]:
+            self.count += 1
+            return rebalance(now)
+
+        monkeypatch.setattr(fleet.cluster.scheduler, "rebalance", counted)
+
+    async def pass_by(self, count: int) -> None:
+        """Wait for so many more."""
+        until = self.count + count
+        await self._fleet.until(lambda: self.count >= until)
+
+
+@pytest.fixture
+def rounds(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> Rounds:
+    return Rounds(fleet, monkeypatch)
+
+
+def on_each(fleet: Fleet) -> Counter[InstanceId]:
+    return Counter(r.route for r in fleet.cluster.requests)
+
+
+def num_moves(fleet: Fleet) -> int:
+    return len([e for e in fleet.events("migration") if e["ok"]])
+
+
+async def rest(fleet: Fleet, rounds: Rounds) -> None:
+    """Wait until 20 rounds have brought no move."""
+    before = -1
+    while before != num_moves(fleet):
+        before = num_moves(fleet)
+        await rounds.pass_by(20)
+
+
+async def test_a_skewed_load_evens_out_and_then_nothing_moves_any_more(fleet: Fleet, rounds: Rounds) -> None:
+    before = num_moves(fleet)
+    streams = [fleet.submit(100 + i, 150, at=0, seed=i) for i in range(4)]
+    streams += [fleet.submit(100 + i, ENDLESS, at=0, seed=i) for i in range(8)]
+    await fleet.until(lambda: num_moves(fleet) - before >= 6)
+    await rest(fleet, rounds)
+    live = on_each(fleet)
+    assert set(live) == {0, 1, 2}
+    assert max(live.values()) - min(live.values()) <= 2
+    moved = num_moves(fleet)
+    await rounds.pass_by(30)
+    assert num_moves(fleet) == moved
+    assert max(s.live.num_moves for s in streams) == 1, "a stream was moved that should have stayed"
+    causes = [e["cause"] for e in fleet.events("migration") if e["ok"]]
+    assert all(cause.startswith("freeness ") for cause in causes)
+    fleet.abort(*streams)
+
+
+async def test_a_steady_balanced_load_stays_where_it_is(fleet: Fleet, rounds: Rounds) -> None:
+    """Of several lengths, with queries that come and go: not one migration is even tried."""
+    before = len(fleet.events("migration"))
+    steady = [fleet.submit(100 + 9 * (i // 3), ENDLESS, at=i % 3, seed=i) for i in range(12)]
+    await fleet.at_least(1, *steady)
+    for _ in range(4):
+        short = [fleet.submit(30, 10, at=i) for i in range(3)]
+        await rounds.pass_by(20)
+        await fleet.ended(*short)
+    assert len(fleet.events("migration")) == before
+    fleet.abort(*steady)
+
+
+async def test_who_waits_moves_first_and_without_a_copy(fleet: Fleet, rounds: Rounds) -> None:
+    before = len(fleet.events("migration"))
+    running = [fleet.submit(100, ENDLESS, at=0) for _ in range(12)]
+    waiting = [fleet.submit(100, 20, at=0, seed=i) for i in range(3)]
+    await fleet.ended(*waiting)
+    moves = [e for e in fleet.events("migration")[before:] if e["ok"]]
+    first = next(m for m in moves if m["request_id"] in {s.id for s in waiting})
+    assert (first["num_bytes"], first["source"]) == (0, 0)
+    assert {s.where for s in waiting} != {0}
+    fleet.abort(*running)
+
+
+async def test_a_draining_instance_empties_and_gets_nothing_new(fleet: Fleet, rounds: Rounds) -> None:
+    first, *others = fleet.ready
+    streams = [fleet.submit(40, ENDLESS, at=i) for i in fleet.ready for _ in range(3)]
+    await fleet.at_least(1, *streams)
+    fleet.cluster.scheduler.instance_draining(first)
+    try:
+        await fleet.until(lambda: first not in on_each(fleet))
+        assert {fleet.submit(20, 20).where for _ in range(6)} <= set(others)
+        await rest(fleet, rounds)
+        assert on_each(fleet)[first] == 0
+        assert fleet.cluster.describe_instances()[first]["freeness"] is None
+    finally:
+        fleet.cluster.scheduler.instance_joined(first)
+    fleet.abort(*streams)
+
+
+async def test_a_crash_while_the_load_evens_out(fleet: Fleet, rounds: Rounds) -> None:
+    """The fullest dies as its first streams leave: all go on at the others."""
+    first, *others = fleet.ready
+    before = num_moves(fleet)
+    streams = [fleet.submit(100, 120, at=first, seed=i) for i in range(9)]
+    await fleet.until(lambda: num_moves(fleet) > before)
+    fleet.kill(first)
+    await fleet.dead(first)
+    fleet.expect_deaths()
+    await fleet.ledger_agrees()
+    assert set(on_each(fleet)) <= set(others)
+    await fleet.ended(*streams)
