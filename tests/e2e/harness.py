@@ -18,8 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from arriero.core.config import CopyConfig, MigrationConfig, RebalancingConfig, SchedulerConfig
 from arriero.core.dispatch import DispatchView, MaxFreeness
 from arriero.core.messages import OPERATIONS, Answer, Message, Op
@@ -182,7 +180,7 @@ class Fleet:
         self.snapshots: list[InstanceSnapshot] = []  #: all that arrived since the start of the test
         self.wrong: list[str] = []  #: outputs that nobody should get
         self.progress: list[str] = []
-        self.folder = folder
+        self._folder = folder
         self._migration = migration
         self._numbers = itertools.count()
         self._errors = _Errors()
@@ -237,7 +235,7 @@ class Fleet:
         sweep(self.prefix)
         assert left == [], "an instance that ended in order left shared memory"
         assert self.segments() == []
-        assert [pid for pid in pids if is_running(pid)] == []
+        assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
 
     # ------------------------------------------------------------------ clients
 
@@ -453,33 +451,3 @@ async def fleet_of(
             yield fleet
         finally:
             fleet.close()
-
-
-# ---------------------------------------------------------------------- a front end of its own
-
-
-def front_end() -> None:
-    """A front end as a process: says its name and those of its instances, and moves streams until it is killed.
-
-    Prints one JSON object: ``prefix``, ``folder`` and ``pids``.
-    """
-    asyncio.run(_front_end())
-
-
-async def _front_end() -> None:
-    async with fleet_of(2) as fleet:
-        streams = [fleet.submit(400, 3000, at=i % 2) for i in range(4)]
-        await fleet.at_least(1, *streams)
-        fleet.faults.on_answer = lambda operation, go: go() if operation.op is not Op.DETACH else None
-        moves = [asyncio.ensure_future(fleet.move(s, 1 - s.where)) for s in streams]
-        await fleet.until(lambda: [op for op, _ in fleet.faults.seen].count(Op.DETACH) == len(streams))
-        pids = [i.pid for i in fleet.cluster.instances]
-        print(json.dumps({"prefix": fleet.prefix, "folder": str(fleet.folder), "pids": pids}), flush=True)
-        await asyncio.gather(*moves)
-
-
-def is_running(pid: int) -> bool:
-    """Whether the process has not ended; one that waits to be collected by its parent has."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    return False

@@ -91,6 +91,9 @@ class Engines:
 
     async def _move(self, request_id: str, move: Move, earlier: list[asyncio.Task[Any]]) -> MigrationReport:
         await asyncio.gather(*earlier)
+        request = self.cluster.requests.get(request_id)
+        if request is not None and request.route == move.to:  # dispatch is free to choose
+            return await self.cluster.migrate(request_id, 1 - move.to, move.mode)
         return await self.cluster.migrate(request_id, move.to, move.mode)
 
     async def forget_prefixes(self) -> None:

@@ -170,22 +170,3 @@ async def test_what_cannot_move_says_why_and_runs_on(engines: Engines) -> None:
     with pytest.raises(UnmovableError, match="a test says so"):
         await engines.cluster.migrate(request_id, 1)
     assert len((await task).tokens) == 80
-
-
-async def test_a_full_destination_refuses_and_the_request_stays(engines: Engines) -> None:
-    """The destination has too few blocks: refused with the figures, nothing held, the stream goes on."""
-    big = [engines.prompt(7900, offset=i) for i in range(2)]
-    fillers = [
-        asyncio.create_task(engines.run(p, sampling(max_tokens=250), name=f"fill-{i}")) for i, p in enumerate(big)
-    ]
-    while sum(len(r.tokens) > 0 for r in engines.cluster.requests) < 2:
-        await asyncio.sleep(0.1)
-    placed = {r.external_id: r for r in engines.cluster.requests}
-    first, second = placed["fill-0"], placed["fill-1"]
-    assert {first.route, second.route} == {0, 1}
-    report = await engines.cluster.migrate(first.request_id, second.route)
-    for task in fillers:
-        run = await task
-        assert len(run.tokens) == 250
-    assert not report.ok
-    assert "KV blocks" in report.reason
