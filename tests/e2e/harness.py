@@ -193,7 +193,7 @@ class Fleet:
         self.cluster = Cluster(
             links=self.links,
             launcher=LocalLauncher(),
-            make_spec=self.spec,
+            make_spec=lambda instance: self.spec(instance),  # a test may put its own in place
             scheduler=SchedulerConfig(dispatch_policy=policy, rebalancing=rebalancing),
             migration=migration,
             deliver=self._deliver,

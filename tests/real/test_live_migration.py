@@ -140,7 +140,7 @@ async def test_a_prompt_that_is_being_prefilled_can_move(engines: Engines) -> No
     request = engines.cluster.requests.get(request_id)
     assert request is not None
     assert not request.tokens
-    report = await engines.cluster.migrate(request_id, 1)
+    report = await engines.cluster.migrate(request_id, 1 - request.route)
     moved = await task
     assert report.ok, report.reason
     assert moved.tokens == stayed.tokens
@@ -158,8 +158,9 @@ async def test_what_cannot_move_says_why_and_runs_on(engines: Engines) -> None:
     task = asyncio.create_task(engines.run(engines.prompt(200), sampling(max_tokens=80), name=name))
     while (request_id := engines.internal_id(name)) is None:
         await asyncio.sleep(0.005)
-    with pytest.raises(ConflictError, match="runs on instance 0 already"):
-        await engines.cluster.migrate(request_id, 0)
+    here = engines.cluster.requests.find(request_id)[0].route
+    with pytest.raises(ConflictError, match=f"runs on instance {here} already"):
+        await engines.cluster.migrate(request_id, here)
     with pytest.raises(NotFoundError, match="instance 7 is unknown"):
         await engines.cluster.migrate(request_id, 7)
     with pytest.raises(NotFoundError, match="'nobody' is not running"):
@@ -168,5 +169,5 @@ async def test_what_cannot_move_says_why_and_runs_on(engines: Engines) -> None:
     assert request is not None
     object.__setattr__(request.facts, "unmovable", "a test says so")
     with pytest.raises(UnmovableError, match="a test says so"):
-        await engines.cluster.migrate(request_id, 1)
+        await engines.cluster.migrate(request_id, 1 - here)
     assert len((await task).tokens) == 80

@@ -269,6 +269,7 @@ def ended_by_signals() -> Iterator[None]:
     """Let SIGTERM unwind the stack as Ctrl-C does, so that servers are stopped."""
 
     def leave(number: int, frame: object) -> None:
+        say(f"ended by {signal.Signals(number).name}")
         sys.exit(128 + number)
 
     before = signal.signal(signal.SIGTERM, leave)
