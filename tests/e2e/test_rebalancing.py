@@ -76,23 +76,6 @@ async def rest(fleet: Fleet, rounds: Rounds) -> None:
         await rounds.pass_by(20)
 
 
-async def test_a_skewed_load_evens_out_and_then_nothing_moves_any_more(fleet: Fleet, rounds: Rounds) -> None:
-    before = len(fleet.events("migration"))
-    streams = [fleet.submit(100 + i, ENDLESS, at=0, seed=i) for i in range(12)]
-    await fleet.until(lambda: num_moves(fleet) - before >= 6)
-    await rest(fleet, rounds)
-    live = on_each(fleet)
-    assert set(live) == {0, 1, 2}
-    assert max(live.values()) - min(live.values()) <= 2
-    moved = num_moves(fleet)
-    await rounds.pass_by(40)
-    assert num_moves(fleet) == moved
-    moves = fleet.events("migration")[before:]
-    assert {m["source"] for m in moves} == {0}, "none is wanted back"
-    assert all(m["cause"].startswith("freeness ") for m in moves)
-    fleet.abort(*streams)
-
-
 async def test_a_steady_balanced_load_stays_where_it_is(fleet: Fleet, rounds: Rounds) -> None:
     """Of several lengths, with queries that come and go: not one migration is even tried."""
     before = len(fleet.events("migration"))
