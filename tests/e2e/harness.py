@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from arriero.core.config import CopyConfig, MigrationConfig, RebalancingConfig, SchedulerConfig
 from arriero.core.dispatch import DispatchView, MaxFreeness
 from arriero.core.messages import OPERATIONS, Answer, Message, Op
@@ -235,7 +237,7 @@ class Fleet:
         sweep(self.prefix)
         assert left == [], "an instance that ended in order left shared memory"
         assert self.segments() == []
-        assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
+        assert [pid for pid in pids if is_running(pid)] == []
 
     # ------------------------------------------------------------------ clients
 
@@ -451,3 +453,10 @@ async def fleet_of(
             yield fleet
         finally:
             fleet.close()
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process has not ended; one that waits to be collected by its parent has."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    return False

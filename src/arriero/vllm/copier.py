@@ -20,6 +20,9 @@ from arriero.vllm.worker import CopyDone, CopyJob, RestOfImport
 
 Copied = Callable[[MigrationId, Export | None, str | None], None]
 
+CLOSE_POLL_MS = 100
+"""How often the listener looks whether it should end; reports wake it at once."""
+
 
 class Copier:
     """Starts copies on every rank; ``on_copied`` is called on a thread of its own when all have reported."""
@@ -41,6 +44,8 @@ class Copier:
         self._orders = [self._connect(f"{orders}-{rank}") for rank in range(len(opened))]
         self._reports: dict[MigrationId, list[CopyDone]] = {}
         self._on_copied: Copied | None = None
+        self._closing = threading.Event()
+        self._listener: threading.Thread | None = None
 
     def _connect(self, address: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.PUSH)
@@ -51,15 +56,15 @@ class Copier:
     def listen(self, on_copied: Copied) -> None:
         """Begin to hear reports."""
         self._on_copied = on_copied
-        threading.Thread(target=self._hear, daemon=True, name="arriero copy reports").start()
+        self._listener = threading.Thread(target=self._hear, daemon=True, name="arriero copy reports")
+        self._listener.start()
 
     def _hear(self) -> None:
         decoder = msgspec.msgpack.Decoder(CopyDone)
-        while True:
-            try:
-                done = decoder.decode(self._inbox.recv())
-            except zmq.ZMQError:
-                return  # closed
+        while not self._closing.is_set():
+            if not self._inbox.poll(CLOSE_POLL_MS):
+                continue
+            done = decoder.decode(self._inbox.recv())
             reports = self._reports.setdefault(done.migration_id, [])
             reports.append(done)
             if len(reports) == self._world_size:
@@ -103,7 +108,10 @@ class Copier:
         merge(self._rpc("arriero_admit", args=(state, sampler_state, rest)))
 
     def close(self) -> None:
-        """Close sockets and remove their folder."""
+        """Close sockets and remove their folder. The listener ends first: a socket belongs to one thread."""
+        if self._listener is not None:
+            self._closing.set()
+            self._listener.join()
         self._context.destroy(linger=0)
         self._folder.cleanup()
 
