@@ -16,6 +16,8 @@ from arriero.core.errors import ArrieroError
 from arriero.core.types import MigrationId
 from arriero.sim.blocks import BlockPool
 from arriero.sim.copier import check_size
+from arriero.transport.checksum import FIELD as CHECKSUM
+from arriero.transport.checksum import Checksum
 from arriero.transport.port import BlockTransport
 
 Copied = Callable[[MigrationId, Export | None, str | None], None]
@@ -89,21 +91,27 @@ class TransportCopier:
         stage = np.frombuffer(self._transport.stage(migration_id, num_bytes), dtype=np.uint8)
         stage = stage.reshape(len(block_ids), -1)
 
+        checksum = Checksum()
+
         def gather(blocks: Sequence[int], part: slice) -> None:
             np.take(self._contents, blocks, axis=0, out=stage[part], mode="clip")  # "raise" would copy twice
+            checksum.add(stage[part])
 
         copy_s = self._paced(block_ids, share, gather)
-        return Export(ticket=self._transport.ticket(migration_id), num_bytes=num_bytes, copy_s=copy_s)
+        ticket = {**self._transport.ticket(migration_id), CHECKSUM: checksum.value}
+        return Export(ticket=ticket, num_bytes=num_bytes, copy_s=copy_s)
 
     def _import(self, block_ids: Sequence[int], ticket: Any, share: float) -> Export:
         data = np.frombuffer(self._transport.fetch(ticket), dtype=np.uint8)
         check_size(len(data), len(block_ids), self._contents.shape[1])
-        staged = data.reshape(len(block_ids), -1)
+        staged, checksum = data.reshape(len(block_ids), -1), Checksum()
 
         def scatter(blocks: Sequence[int], part: slice) -> None:
+            checksum.add(staged[part])
             self._contents[blocks] = staged[part]
 
         copy_s = self._paced(block_ids, share, scatter)
+        checksum.require(ticket)
         return Export(ticket=None, num_bytes=len(data), copy_s=copy_s)
 
     def _paced(self, block_ids: Sequence[int], share: float, copy: Callable[[Sequence[int], slice], None]) -> float:

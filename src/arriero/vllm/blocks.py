@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from arriero.core.errors import TransportError
+from arriero.transport.checksum import Checksum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,19 +60,23 @@ class KvBlocks:
         else:
             self._layers = [_DeviceLayer(row) for row in rows]
 
-    def gather(self, block_ids: Sequence[int], stage: memoryview, pause: Callable[[int], None]) -> None:
+    def gather(self, block_ids: Sequence[int], stage: memoryview, pause: Callable[[int], None]) -> Checksum:
         """Copy blocks into ``stage``, laid out ``[layer][block][byte]``; ``pause(num_bytes)`` after each layer."""
-        index = np.asarray(block_ids, dtype=np.int64)
+        index, checksum = np.asarray(block_ids, dtype=np.int64), Checksum()
         for layer, part in zip(self._layers, self._parts(index, stage), strict=True):
             layer.gather(index, part)
+            checksum.add(part)
             pause(part.nbytes)
+        return checksum
 
-    def scatter(self, block_ids: Sequence[int], stage: memoryview, pause: Callable[[int], None]) -> None:
-        """The way back."""
-        index = np.asarray(block_ids, dtype=np.int64)
+    def scatter(self, block_ids: Sequence[int], stage: memoryview, pause: Callable[[int], None]) -> Checksum:
+        """The way back. What it returns tells whether the blocks may be used."""
+        index, checksum = np.asarray(block_ids, dtype=np.int64), Checksum()
         for layer, part in zip(self._layers, self._parts(index, stage), strict=True):
+            checksum.add(part)
             layer.scatter(index, part)
             pause(part.nbytes)
+        return checksum
 
     def _parts(self, index: NDArray[np.int64], stage: memoryview) -> NDArray[np.uint8]:
         shape = (len(self._layers), len(index), self.layout.block_bytes)

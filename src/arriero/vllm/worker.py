@@ -20,6 +20,7 @@ import zmq
 from msgspec import structs
 
 from arriero.core.errors import ArrieroError, TransportError
+from arriero.transport.checksum import FIELD as CHECKSUM
 from arriero.transport.port import BlockTransport
 from arriero.transport.shm import SharedMemoryTransport
 from arriero.vllm.blocks import BlockLayout, KvBlocks, Pacer
@@ -116,16 +117,17 @@ class ArrieroWorkerExtension:
         ticket = None
         if job.kind == "export":
             stage = self._arriero_transport.stage(job.migration_id, num_bytes)
-            self._arriero_blocks.gather(job.block_ids, stage, pacer)
+            checksum = self._arriero_blocks.gather(job.block_ids, stage, pacer)
             ticket = {
                 "layout": msgspec.to_builtins(layout),
                 "num_blocks": len(job.block_ids),
+                CHECKSUM: checksum.value,
                 "transport": self._arriero_transport.ticket(job.migration_id),
             }
         else:
             _check_ticket(job.ticket, layout, len(job.block_ids))
             stage = self._arriero_transport.fetch(job.ticket["transport"])
-            self._arriero_blocks.scatter(job.block_ids, stage, pacer)
+            self._arriero_blocks.scatter(job.block_ids, stage, pacer).require(job.ticket)
         return CopyDone(
             migration_id=job.migration_id, rank=self.rank, ticket=ticket, num_bytes=num_bytes, copy_s=pacer.finish()
         )
