@@ -1,4 +1,4 @@
-"""`arriero serve --engine sim` as a user meets it: vLLM's OpenAI server over HTTP, admin endpoints, commands."""
+"""`arriero serve --engine sim` as a user meets it: OpenAI's API over HTTP, the admin endpoints, the commands."""
 
 from __future__ import annotations
 
