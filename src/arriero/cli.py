@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="print JSON instead of tables")
     status.set_defaults(run=_status)
     migrate = commands.add_parser("migrate", help="move a running request to another instance")
-    migrate.add_argument("request", help="id of the request, as `arriero status` or the response shows it")
+    migrate.add_argument("request", help="id of the request or its beginning, as `arriero status` shows it")
     migrate.add_argument("--to", type=int, required=True, help="instance to move to")
     migrate.add_argument("--mode", choices=[m.value for m in MigrationMode], default=MigrationMode.LIVE.value)
     migrate.set_defaults(run=_migrate)
@@ -112,8 +112,8 @@ def _status(args: argparse.Namespace) -> int:
         print(json.dumps({"instances": instances, "requests": requests}, indent=2))
         return 0
     console = Console()
-    console.print(_table("instances", INSTANCE_COLUMNS, instances))
-    console.print(_table("requests", REQUEST_COLUMNS, requests))
+    console.print(_table("instances", INSTANCE_COLUMNS, instances, console.width))
+    console.print(_table("requests", REQUEST_COLUMNS, requests, console.width))
     return 0
 
 
@@ -139,13 +139,18 @@ REQUEST_COLUMNS = {
 }
 
 
-def _table(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"{len(rows)} {title}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+def _table(title: str, columns: dict[str, str], rows: list[dict[str, Any]], width: int) -> Table:
+    """Where ``width`` is small, only ids are cut: `arriero migrate` takes the beginning of one."""
+    table = Table(title=f"{len(rows)} {title}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    shown = [{key: "-" if value is None else value for key, value in row.items()} for row in rows]
+    cells = {c: [template.format_map(row) for row in shown] for c, template in columns.items()}
+    others = sum(max(map(len, [c, *cells[c]])) for c in columns if c != "request")
     for column in columns:
-        table.add_column(column, no_wrap=True, justify="left" if column in ("request", "state", "host") else "right")
-    for row in rows:
-        shown = {key: "-" if value is None else value for key, value in row.items()}
-        table.add_row(*[template.format_map(shown) for template in columns.values()])
+        left = column in ("request", "state", "host")
+        longest = max(12, width - others - 2 * len(columns) - 2) if column == "request" else None
+        table.add_column(column, no_wrap=True, justify="left" if left else "right", max_width=longest)
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
     return table
 
 

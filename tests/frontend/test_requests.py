@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from arriero.core.errors import NotFoundError, ProtocolError
+from arriero.core.errors import ConflictError, NotFoundError, ProtocolError
 from arriero.core.types import Dispatchable
 from arriero.frontend.requests import LiveRequest, RequestTable
 
@@ -74,6 +74,18 @@ def test_all_sequences_and_prompts_of_a_client_s_request_are_found_by_its_name()
     others = ["0_cmpl-70-0", "cmpl-7-x", "x_cmpl-7", "chat_cmpl-7-0"]
     requests = table(*[live(f"internal-{name}", name) for name in mine + others])
     assert [r.external_id for r in requests.find("cmpl-7")] == mine
+
+
+@pytest.mark.parametrize("name", ["cmpl-7ab", "cmpl-7a…", "cmpl-7"])
+def test_the_beginning_of_an_id_is_enough_for_all_sequences_of_one_request(name: str) -> None:
+    requests = table(live("i1", "0_cmpl-7abc-0"), live("i2", "1_cmpl-7abc-0"), live("i3", "cmpl-8abc-0"))
+    assert [r.request_id for r in requests.find(name)] == ["i1", "i2"]
+
+
+def test_a_beginning_that_several_requests_share_is_refused() -> None:
+    requests = table(live("i1", "cmpl-7abc-0"), live("i2", "cmpl-7abd-0"))
+    with pytest.raises(ConflictError, match="2 requests begin with 'cmpl-7ab': give more of the id"):
+        requests.find("cmpl-7ab")
 
 
 def test_the_internal_id_wins_over_a_client_s_name() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from arriero.core.errors import NotFoundError, ProtocolError
+from arriero.core.errors import ConflictError, NotFoundError, ProtocolError
 from arriero.core.types import Dispatchable, InstanceId, RequestId
 
 
@@ -66,17 +66,27 @@ class RequestTable:
         return [r for r in self._requests.values() if r.route == instance]
 
     def find(self, name: str) -> list[LiveRequest]:
-        """Requests called ``name``: the internal id, or the id that the client knows (with n > 1
-        several sequences share it). Raises NotFoundError.
+        """Requests called ``name``: the internal id, the id that the client knows (with n > 1 several sequences
+        share it), or the beginning of one client's id. Raises NotFoundError, or ConflictError if that is ambiguous.
         """
         exact = self._requests.get(name)
         if exact is not None:
             return [exact]
-        # "cmpl-7" is known inside as "cmpl-7-0" (prompt 0), and its sequences as "0_cmpl-7-0", "1_cmpl-7-0".
-        pattern = re.compile(rf"(\d+_)?{re.escape(name)}(-\d+)?")
-        found = [r for r in self._requests.values() if pattern.fullmatch(r.external_id)]
+        found = [r for r in self._requests.values() if name in _client_ids(r.external_id)]
+        if not found and (beginning := name.rstrip("…")):
+            found = [r for r in self._requests.values() if _client_ids(r.external_id)[-1].startswith(beginning)]
+            if len({_client_ids(r.external_id)[-1] for r in found}) > 1:
+                raise ConflictError(f"{len(found)} requests begin with {name!r}: give more of the id")
         if not found:
             raise NotFoundError(
                 f"request {name!r} is not running: it has ended, or the id is wrong (see GET /requests)"
             )
         return found
+
+
+def _client_ids(external_id: str) -> tuple[str, str, str]:
+    """What a client may call a request: "cmpl-7" is known inside as "cmpl-7-0" (prompt 0), and its sequences as
+    "0_cmpl-7-0", "1_cmpl-7-0". The client's own id comes last.
+    """
+    of_all_sequences = re.sub(r"^\d+_", "", external_id)
+    return external_id, of_all_sequences, re.sub(r"-\d+$", "", of_all_sequences)
