@@ -117,6 +117,12 @@ class Server:
         self._mapped: set[str] = set()
 
     def __enter__(self) -> Self:
+        self.launch()
+        self.wait_until_ready()
+        return self
+
+    def launch(self) -> None:
+        """Start it, without waiting: several servers may start side by side. Raises LaunchError."""
         self._refuse_taken_port()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -128,12 +134,14 @@ class Server:
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
+
+    def wait_until_ready(self) -> None:
+        """Until it answers. Raises LaunchError if it does not; it is ended then."""
         try:
             self._wait_until_ready()
         except BaseException:
             self.stop()
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,0 +1,359 @@
+"""arriero beside what people use today, on real engines with little memory: `make bench-race` -> results/race.json.
+
+Lengths of the class M-M (Llumnix, OSDI'24), cut so that small engines hold them, arrive in bursts (Gamma gaps) and open
+loop: nobody waits for the server. Every system of `systems.py` answers the same arrivals of each seed, one system at a
+time, in an order that turns from seed to seed; prompts are new to each, so no prefix cache helps. Seeds can be run in
+parts: what `results/race.json` holds from earlier calls with the same plan is kept unless ``--fresh``.
+
+*Silence* is the longest time between two chunks in the stream of one request. A preemption *could have been avoided by
+a move* if, in the last look before it, another instance had room for the smallest request that ran beside the victim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import httpx
+
+from arriero.bench import report
+from arriero.bench.client import Client
+from arriero.bench.replay import Prompts, at_rate, capped, replay, spread
+from arriero.bench.report import Target
+from arriero.bench.server import SERVED_NAME, common_flags, ended_by_signals, model_of, say
+from arriero.bench.systems import ARRIERO, GROUPS, SYSTEMS, Fleet, Running
+from arriero.core.errors import ArrieroError
+from arriero.workload.workload import Arrival, Workload, make_workload
+
+MIN_GAIN = 4.0  #: of the tails, over the best of the others
+MIN_THROUGHPUT = 1.0  #: over the best of the others
+WATCH_S = 0.25
+FIGURES = ("ttft_s", "tpot_s", "silence_s", "e2e_s")
+RESULT = Path("results") / "race.json"
+TITLE = "all seeds together; times in s (TPOT in ms), as mean / P50 / P99"
+
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What one result is about; parts of it can only be merged if all of this is equal."""
+
+    requests: int
+    rate: float
+    cv: float
+    longest: int  #: tokens of a prompt, and of an output
+    engines: int
+    flags: Sequence[str]
+    arriero_flags: Sequence[str]
+
+
+def workload_of(plan: Plan, seed: int) -> Workload:
+    """The arrivals of ``seed``: the plan's rate on average, whatever the draw of gaps comes to."""
+    return at_rate(
+        capped(make_workload("M-M", num_requests=plan.requests, rate=plan.rate, cv=plan.cv, seed=seed), plan.longest),
+        plan.rate,
+    )
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+class Watch:
+    """Looks at the instances and requests of arriero while it runs."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.looks: list[dict[str, Any]] = []
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            instances = await self._client.get("/instances")
+            requests = await self._client.get("/requests")
+            self.looks.append({"time_s": perf_counter(), "instances": instances, "requests": requests})
+            await asyncio.sleep(WATCH_S)
+
+
+async def measure(running: Running, name: str, arrivals: Sequence[Arrival], prompts: Prompts) -> Sample:
+    """One run of one system. Raises ArrieroError if an answer is not whole."""
+    async with Client(running.url) as client:
+        await _warm_up(client, prompts, 4 * len(running.servers))
+        before = running.total("vllm:num_preemptions_total")
+        watch = Watch(client)
+        task = asyncio.create_task(watch.run()) if name == ARRIERO else None
+        started_s = perf_counter()
+        try:
+            seen = await replay(client, SERVED_NAME, arrivals, prompts)
+        finally:
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+        stalled_s = client.stalled_s(started_s)
+    last_s = max(s.arrival_s + s.late_s + s.e2e_s for s in seen)
+    sample: Sample = {
+        "system": name,
+        "num_preemptions": running.total("vllm:num_preemptions_total") - before,
+        "tokens_per_s": sum(s.output_tokens for s in seen) / last_s,
+        "duration_s": last_s,
+        "machine_stalled_s": stalled_s,
+        "max_late_s": max(s.late_s for s in seen),
+        "requests": [asdict(s) for s in seen],
+    }
+    if name == ARRIERO:
+        sample |= seen_inside(watch.looks, started_s, running.url)
+    return sample
+
+
+async def _warm_up(client: Client, prompts: Prompts, num_requests: int) -> None:
+    """Every engine has a long prompt and a batch before it counts."""
+    arrivals = [Arrival(0.1 * i, 900 if i % 2 else 60, 24) for i in range(num_requests)]
+    await replay(client, SERVED_NAME, arrivals, prompts)
+
+
+def seen_inside(looks: Sequence[dict[str, Any]], started_s: float, url: str) -> Sample:
+    """What only arriero can tell: moves, and which preemptions another instance had room to avoid."""
+    events = httpx.get(url + "/events", params={"limit": 1000}, timeout=30.0).json()
+    moves = [e for e in events if e["event"] == "migration" and e["time_s"] >= started_s]
+    return {
+        "num_moves": sum(bool(m["ok"]) for m in moves),
+        "moves": moves,
+        "preemptions": [{**p, "time_s": p["time_s"] - started_s} for p in preemptions(looks)],
+        "looks": [
+            {"time_s": round(look["time_s"] - started_s, 3), "instances": [_brief(i) for i in look["instances"]]}
+            for look in looks
+        ],
+    }
+
+
+def _brief(instance: dict[str, Any]) -> dict[str, Any]:
+    return {k: instance[k] for k in ("id", "running", "waiting", "blocks_used", "preemptions")}
+
+
+def preemptions(looks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each rise of an instance's count of preemptions, and whether a move could have avoided it."""
+    found = []
+    for before, after in itertools.pairwise(looks):
+        old = {i["id"]: i for i in before["instances"]}
+        for instance in after["instances"]:
+            rise = instance["preemptions"] - old.get(instance["id"], instance)["preemptions"]
+            if rise > 0:
+                found.append(
+                    {
+                        "time_s": before["time_s"],
+                        "instance": instance["id"],
+                        "count": rise,
+                        "avoidable": _had_room(before, instance["id"]),
+                    }
+                )
+    return found
+
+
+def _had_room(look: dict[str, Any], instance: int) -> bool:
+    sizes = [
+        -(-(r["prompt_tokens"] + r["output_tokens"] + 1) // i["block_size"])
+        for r in look["requests"]
+        for i in look["instances"]
+        if r["instance"] == i["id"] == instance and r["output_tokens"]
+    ]
+    free = [i["blocks_total"] - i["blocks_used"] for i in look["instances"] if i["id"] != instance]
+    return bool(sizes) and max(free, default=0) > min(sizes)
+
+
+def run(plan: Plan, fleet: Fleet, seeds: Sequence[int], systems: Sequence[str], kept: list[Sample]) -> list[Sample]:
+    """Take what is asked for; written after each, so that a run that is cut short has been of use."""
+    samples = list(kept)
+    for position, seed in enumerate(seeds):
+        arrivals = workload_of(plan, seed).arrivals
+        groups = list(GROUPS.items())
+        turn = (seed + position) % len(groups)
+        for group, (start, members) in groups[turn:] + groups[:turn]:
+            wanted = [name for name in members if name in systems]
+            if not wanted:
+                continue
+            say(f"seed {seed}: starting {group}")
+            with start(fleet, f"race-{seed}") as runs:
+                for name in wanted if seed % 2 else wanted[::-1]:
+                    prompts = Prompts(fleet.model, random.Random(f"{seed} {name}"))
+                    with runs[name]() as running:
+                        sample = asyncio.run(measure(running, name, arrivals, prompts))
+                        sample |= {"seed": seed, "commit": report.environment()["commit"], "run": running.describe()}
+                    samples = [s for s in samples if (s["system"], s["seed"]) != (name, seed)] + [sample]
+                    say(f"seed {seed}, {name}: {_brief_line(sample)}")
+                    write(plan, samples)
+    return samples
+
+
+def _brief_line(sample: Sample) -> str:
+    ttft, silence = (spread(r[key] for r in sample["requests"]) for key in ("ttft_s", "silence_s"))
+    return (
+        f"TTFT {ttft['p50']:.2f} / {ttft['p99']:.2f} s, silence {silence['p50']:.2f} / {silence['p99']:.2f} s (P50 / "
+        f"P99), {sample['num_preemptions']:.0f} preemptions, {sample['tokens_per_s']:.1f} tokens/s"
+        + (f", {sample['num_moves']} moves" if "num_moves" in sample else "")
+    )
+
+
+# ---------------------------------------------------------------------- pure parts
+
+
+def summarise(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """One row a system: the requests of all seeds that every system has run, together."""
+    seeds = common_seeds(samples)
+    rows = []
+    for name in (s for s in SYSTEMS if any(sample["system"] == s for sample in samples)):
+        here = [s for s in samples if s["system"] == name and s["seed"] in seeds]
+        requests = [r for s in here for r in s["requests"]]
+        seconds = sum(s["duration_s"] for s in here)
+        rows.append(
+            {
+                "system": name,
+                "seeds": len(here),
+                "requests": len(requests),
+                **{figure: spread(r[figure] for r in requests) for figure in FIGURES},
+                "num_preemptions": sum(s["num_preemptions"] for s in here),
+                "num_avoidable": sum(p["count"] for s in here for p in s.get("preemptions", ()) if p["avoidable"]),
+                "num_moves": sum(s.get("num_moves", 0) for s in here),
+                "tokens_per_s": sum(r["output_tokens"] for r in requests) / seconds if seconds else 0.0,
+            }
+        )
+    return rows
+
+
+def common_seeds(samples: Sequence[Sample]) -> set[int]:
+    """Those that all systems in ``samples`` have run: only on those are they compared."""
+    by_system: dict[str, set[int]] = {}
+    for sample in samples:
+        by_system.setdefault(sample["system"], set()).add(sample["seed"])
+    return set.intersection(*by_system.values()) if by_system else set()
+
+
+def targets_of(summary: Sequence[dict[str, Any]]) -> list[Target]:
+    """What the issue asks; none unless arriero and another have run."""
+    ours = [row for row in summary if row["system"] == ARRIERO]
+    others = [row for row in summary if row["system"] != ARRIERO]
+    if not ours or not others:
+        return []
+    tails = [
+        Target.at_least(
+            f"P99 {what} of the best other over arriero's",
+            min(row[figure]["p99"] for row in others) / ours[0][figure]["p99"],
+            MIN_GAIN,
+            "times",
+        )
+        for figure, what in (("ttft_s", "TTFT"), ("silence_s", "silence"))
+    ]
+    best = max(row["tokens_per_s"] for row in others)
+    return [
+        *tails,
+        Target.at_most("preemptions that a move could have avoided", ours[0]["num_avoidable"], 0),
+        Target.at_least("throughput over the best other's", ours[0]["tokens_per_s"] / best, MIN_THROUGHPUT),
+    ]
+
+
+def table(summary: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is printed."""
+    return [
+        {
+            "system": row["system"],
+            "n": row["requests"],
+            "TTFT": _three(row["ttft_s"]),
+            "TPOT": _three(row["tpot_s"], 1e3),
+            "silence": _three(row["silence_s"]),
+            "preempted": int(row["num_preemptions"]),
+            "moves": row["num_moves"],
+            "tokens_/s": row["tokens_per_s"],
+        }
+        for row in summary
+    ]
+
+
+def _three(values: dict[str, float], scale: float = 1.0) -> str:
+    return " / ".join(f"{scale * values[q]:.3g}" for q in ("mean", "p50", "p99"))
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def kept_samples(plan: Plan) -> list[Sample]:
+    """Those of earlier calls. Raises ArrieroError if they are of another plan."""
+    if not RESULT.exists():
+        return []
+    result = json.loads(RESULT.read_text())
+    if result["plan"] != json.loads(json.dumps(asdict(plan))):
+        raise ArrieroError(f"{RESULT} is of another plan: move it away, or say --fresh to drop it")
+    kept: list[Sample] = result["samples"]
+    return kept
+
+
+def write(plan: Plan, samples: Sequence[Sample]) -> None:
+    """The result as it stands."""
+    summary = summarise(samples)
+    extra = {"plan": asdict(plan), "seeds": sorted(common_seeds(samples))}
+    report.write("race", samples, targets_of(summary), summary=summary, **extra)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(default: 1 to 5)")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="(default: all)")
+    parser.add_argument("--requests", type=int, default=130, help="of a seed (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=2.2, help="requests a second (default: %(default)s)")
+    parser.add_argument("--cv", type=float, default=4.0, help="of the gaps (default: %(default)s)")
+    parser.add_argument("--longest", type=int, default=1200, help="prompt, and output (default: %(default)s)")
+    parser.add_argument("--engines", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="drop what results/race.json holds")
+    parser.add_argument("--arriero-flag", action="append", default=[], metavar="FLAG", help="for `arriero serve` alone")
+    group = parser.add_argument_group("server")
+    group.add_argument("--model", default=None, help="model folder (default: the bundled model)")
+    group.add_argument("--port", type=int, default=8140, help="and the ones after it (default: %(default)s)")
+    group.add_argument("--max-model-len", type=int, default=3072, help="(default: %(default)s)")
+    group.add_argument("--kv-cache-memory-bytes", type=int, default=138_240_000, help="(default: %(default)s)")
+    group.add_argument("--block-size", type=int, default=128, help="vLLM's default on a CPU (default: %(default)s)")
+    group.add_argument("--start-timeout", type=float, default=600.0, help="seconds (default: %(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write; 0 whether the targets are met or not."""
+    args = _parser().parse_args(argv)
+    flags = [flag for flag in common_flags(args)]
+    plan = Plan(
+        requests=args.requests,
+        rate=args.rate,
+        cv=args.cv,
+        longest=args.longest,
+        engines=args.engines,
+        flags=flags,
+        arriero_flags=args.arriero_flag,
+    )
+    fleet = Fleet(
+        model=model_of(args),
+        flags=flags,
+        num_engines=args.engines,
+        port=args.port,
+        start_timeout_s=args.start_timeout,
+        arriero_flags=args.arriero_flag,
+    )
+    try:
+        kept = [] if args.fresh else kept_samples(plan)
+        with ended_by_signals():
+            samples = run(plan, fleet, args.seeds, args.systems, kept)
+    except ArrieroError as error:
+        say(f"bench-race: {error}")
+        return 1
+    summary = summarise(samples)
+    report.print_table(TITLE, table(summary), targets_of(summary))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The race: its arrivals, how parts are put together, and what counts as avoidable."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arriero.bench import race
+from arriero.bench.race import Plan, common_seeds, kept_samples, preemptions, summarise, targets_of, workload_of
+from arriero.bench.systems import ARRIERO, GROUPS, SYSTEMS, VLLM_DP
+from arriero.core.errors import ArrieroError
+
+PLAN = Plan(requests=50, rate=2.0, cv=4.0, longest=300, engines=2, flags=["--x"], arriero_flags=[])
+
+
+def request(ttft_s: float = 1.0, silence_s: float = 1.0) -> dict[str, float]:
+    return {"ttft_s": ttft_s, "tpot_s": 0.02, "silence_s": silence_s, "e2e_s": 3.0, "output_tokens": 100}
+
+
+def sample(system: str, seed: int, *requests: dict[str, float], **fields: Any) -> dict[str, Any]:
+    sample = {"system": system, "seed": seed, "requests": list(requests), "num_preemptions": 0, "duration_s": 10.0}
+    return sample | fields
+
+
+def test_every_seed_has_the_plan_s_rate_and_lengths_and_its_own_arrivals() -> None:
+    first, again, other = workload_of(PLAN, 1), workload_of(PLAN, 1), workload_of(PLAN, 2)
+    assert first == again != other
+    for workload in (first, other):
+        assert len(workload.arrivals) == 50
+        assert workload.arrivals[-1].arrival_s == pytest.approx(49 / 2.0)
+        assert all(1 <= a.prompt_tokens <= 300 and 1 <= a.output_tokens <= 300 for a in workload.arrivals)
+
+
+def test_every_system_belongs_to_one_group() -> None:
+    assert sorted(name for _, members in GROUPS.values() for name in members) == sorted(SYSTEMS)
+
+
+def test_only_seeds_that_all_systems_have_run_are_compared() -> None:
+    samples = [sample(ARRIERO, 1, request(1.0)), sample(ARRIERO, 2, request(9.0)), sample(VLLM_DP, 1, request(5.0))]
+    assert common_seeds(samples) == {1}
+    ours, theirs = summarise(samples)
+    assert (ours["seeds"], ours["ttft_s"]["p99"], theirs["ttft_s"]["p99"]) == (1, 1.0, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "met"),
+    [
+        (sample(ARRIERO, 1, request(1.0, 0.5)), [True, True, True, True]),
+        (sample(ARRIERO, 1, request(1.1, 0.5)), [False, True, True, True]),
+        (sample(ARRIERO, 1, request(1.0, 0.6)), [True, False, True, True]),
+        (sample(ARRIERO, 1, request(), preemptions=[{"count": 1, "avoidable": True}]), [True, False, False, True]),
+        (sample(ARRIERO, 1, request(1.0, 0.5), duration_s=10.1), [True, True, True, False]),
+    ],
+)
+def test_targets_are_measured_against_the_best_of_the_others(ours: dict[str, Any], met: list[bool]) -> None:
+    others = [sample(VLLM_DP, 1, request(4.0, 3.0)), sample(SYSTEMS[1], 1, request(8.0, 2.0))]
+    assert [t.met for t in targets_of(summarise([ours, *others]))] == met
+
+
+def test_without_another_system_nothing_is_claimed() -> None:
+    assert targets_of(summarise([sample(ARRIERO, 1, request())])) == []
+
+
+def instance(number: int, used: int, preempted: int) -> dict[str, Any]:
+    return {"id": number, "blocks_used": used, "blocks_total": 46, "block_size": 128, "preemptions": preempted}
+
+
+def look(time_s: float, *instances: dict[str, Any]) -> dict[str, Any]:
+    requests = [
+        {"instance": 0, "prompt_tokens": 300, "output_tokens": 100},  # 4 blocks
+        {"instance": 0, "prompt_tokens": 900, "output_tokens": 300},
+        {"instance": 0, "prompt_tokens": 10, "output_tokens": 0},  # has no memory yet
+    ]
+    return {"time_s": time_s, "instances": list(instances), "requests": requests}
+
+
+@pytest.mark.parametrize(("used_elsewhere", "avoidable"), [(10, True), (41, True), (42, False), (46, False)])
+def test_a_preemption_was_avoidable_if_the_smallest_request_had_room_elsewhere(
+    used_elsewhere: int, avoidable: bool
+) -> None:
+    looks = [
+        look(0.0, instance(0, 46, 3), instance(1, used_elsewhere, 0)),
+        look(0.3, instance(0, 40, 5), instance(1, used_elsewhere, 0)),
+        look(0.6, instance(0, 40, 5), instance(1, used_elsewhere, 0)),
+    ]
+    assert preemptions(looks) == [{"time_s": 0.0, "instance": 0, "count": 2, "avoidable": avoidable}]
+
+
+def test_parts_are_merged_if_they_are_of_one_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert kept_samples(PLAN) == []
+    race.write(PLAN, [sample(ARRIERO, 1, request())])
+    assert [s["seed"] for s in kept_samples(PLAN)] == [1]
+    with pytest.raises(ArrieroError, match="another plan"):
+        kept_samples(replace(PLAN, rate=3.0))
