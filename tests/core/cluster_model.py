@@ -435,6 +435,8 @@ class Cluster:
             stream.finished = True
             if migration is not None and not stream.ended:
                 self._carry_out(migration, migration.on_finished(self.now))
+        elif migration is not None and not stream.ended:
+            self._carry_out(migration, migration.on_token(self.now))
 
     def _on_lost(self, instance: int) -> None:
         self.lost.add(instance)

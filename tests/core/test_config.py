@@ -18,6 +18,7 @@ WRONG: list[tuple[type[Any], str, float]] = [
     (MigrationConfig, "max_stages", 0),
     (MigrationConfig, "reserve_ahead_blocks", -1),
     (MigrationConfig, "max_incoming", 0),
+    (MigrationConfig, "align_s", -0.1),
     (MigrationConfig, "hold_share", -0.1),
     (MigrationConfig, "hold_share", 1.1),
     (MigrationConfig, "stage_timeout_s", 0.0),

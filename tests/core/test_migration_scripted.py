@@ -9,7 +9,7 @@ from cluster_model import Cluster, Stream, phase_of
 from fake_engine import Spec, reference
 
 from arriero.core.config import MigrationConfig
-from arriero.core.messages import Answer, Commit, Copy, Detach, Drop, Load, Op, Release
+from arriero.core.messages import Answer, Commit, Copy, Detach, Drop, Expect, Load, Op, Release
 from arriero.core.migration import Abort, End, Migration, Replay, Route, Send, State, WakeAt
 from arriero.core.types import MigrationMode, Phase
 
@@ -390,7 +390,7 @@ def test_a_request_that_finished_before_locate_is_gone() -> None:
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_request_that_finishes_in_a_step_in_flight_does_not_detach(depth: int) -> None:
     """Frozen, it is finished by the output that was on its way."""
-    cluster, stream, migration = start(STOP, spec=replace(SPEC, num_outputs=9), num_tokens=7, depth=depth)
+    cluster, stream, migration = start(STOP, spec=replace(SPEC, num_outputs=9), num_tokens=5, depth=depth)
     cluster.run_until_sent(Op.DETACH)
     while len(cluster.engines[SOURCE].requests["r"].outputs) < 8:
         cluster.step(SOURCE)
@@ -667,6 +667,54 @@ def test_without_a_full_block_the_owner_detaches_at_once() -> None:
     to_detaching(migration)
     assert migration.state is State.COPYING
     assert sends(migration.on_answer(answer(Op.COPY, first=0, end=0), 1.0)) == [(0, "Detach")]
+
+
+def aligning(tokens: list[int], **kwargs: object) -> tuple[Migration, list[object]]:
+    """An owner that has nothing left to copy, and what it did about it."""
+    migration = owner(tokens, commit_due=lambda now: now + 0.5, **kwargs)
+    to_detaching(migration)
+    return migration, list(migration.on_answer(answer(Op.COPY, first=0, end=0), 1.0))
+
+
+def test_detach_leaves_when_a_token_comes_with_the_announcement_ahead_of_it() -> None:
+    """So it cannot miss the end of the source's step, and EXPECT has that step to arrive."""
+    migration, commands = aligning([7])
+    assert migration.state is State.ALIGNING
+    assert commands == [WakeAt(1.0 + MigrationConfig().align_s)]
+    assert migration.on_answer(answer(Op.COPY, first=0, end=0), 1.1) == []
+    expect, detach, _ = migration.on_token(1.25)
+    assert expect == Send(1, Expect(migration_id="m", request_id="r", due_s=1.75))
+    assert sends([detach]) == [(0, "Detach")]
+    assert migration.on_token(1.5) == []
+
+
+def test_detach_leaves_without_a_token_that_does_not_come() -> None:
+    migration, _ = aligning([7])
+    assert migration.on_time(1.5) == [WakeAt(2.0)]
+    assert sends(migration.on_time(2.0)) == [(1, "Expect"), (0, "Detach")]
+
+
+def test_a_wait_for_a_token_ends_with_the_migrations_time() -> None:
+    migration, (wake,) = aligning([7], config=MigrationConfig(timeout_s=1.5))
+    assert wake == WakeAt(1.5)
+    assert End(False, "timeout") in migration.on_time(1.5)
+
+
+def test_a_request_without_a_token_detaches_at_once() -> None:
+    """It is in its prefill: nobody sees a pause, and the first token may be far."""
+    migration, commands = aligning([])
+    assert migration.state is State.DETACHING
+    assert sends(commands) == [(1, "Expect"), (0, "Detach")]
+
+
+@pytest.mark.parametrize("disturb", ["client_gone", "finished", "instance_lost"])
+def test_a_disturbance_while_waiting_for_a_token_ends_the_migration(disturb: str) -> None:
+    migration, _ = aligning([7])
+    happened = [SOURCE, 1.2] if disturb == "instance_lost" else [1.2]
+    commands = getattr(migration, f"on_{disturb}")(*happened)
+    assert (1, "Drop") in sends(commands)
+    assert any(isinstance(c, End) and not c.ok for c in commands)
+    assert migration.on_token(1.3) == []
 
 
 def test_the_epoch_of_locate_guards_every_later_stage() -> None:

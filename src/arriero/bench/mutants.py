@@ -402,6 +402,26 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "DETACH waits for ever for a token",
+        "migration.py",
+        (
+            """        if self.state is State.ALIGNING and now < self._give_up_s:
+            return self._detach(now)
+""",
+            """        if self.state is State.ALIGNING and now < self._give_up_s:
+            return []
+""",
+        ),
+    ),
+    Mutant(
+        "DETACH is sent with every token",
+        "migration.py",
+        (
+            "        return self._detach(now) if self.state is State.ALIGNING else []\n",
+            "        return self._detach(now)\n",
+        ),
+    ),
+    Mutant(
         "an answer of an earlier stage is taken for this one's",
         "migration.py",
         (

@@ -23,16 +23,18 @@ class MigrationConfig:
     timeout_s: float = 120.0  #: the whole migration, up to DETACH
     retry_s: float = 2.0  #: asking again after DETACH, when only an answer can tell
     ready_poll_s: float = 0.005  #: asking again whether the destination's grammar is compiled
+    align_s: float = 1.0  #: DETACH waits at most so long for the request's next token
     lease_s: float = 60.0  #: a reservation without news frees itself
     tombstone_s: float = 300.0  #: how long an ended migration is remembered
     max_incoming: int = 16  #: reservations an instance grants at a time
-    hold_share: float = 0.75  #: a busy destination waits so much of a step for an announced COMMIT; 0: not
+    hold_share: float = 1.0  #: a busy destination waits at most so much of a step for an announced COMMIT; 0: not
 
     def __post_init__(self) -> None:
         _require(self.stop_blocks >= 0, "stop_blocks", self.stop_blocks, "0 or more")
         _require(self.max_stages >= 1, "max_stages", self.max_stages, "1 or more")
         _require(self.reserve_ahead_blocks >= 0, "reserve_ahead_blocks", self.reserve_ahead_blocks, "0 or more")
         _require(self.max_incoming >= 1, "max_incoming", self.max_incoming, "1 or more")
+        _require(self.align_s >= 0, "align_s", self.align_s, "0 or more seconds")
         _require(0 <= self.hold_share <= 1, "hold_share", self.hold_share, "in [0, 1]")
         for name in ("stage_timeout_s", "timeout_s", "retry_s", "ready_poll_s", "lease_s", "tombstone_s"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from arriero.core.types import MigrationId
 
+_PUNCTUAL = 0.75
+"""Share of the longest wait within which a COMMIT must be due to be waited for; it may come later by the rest."""
+
 
 class Door:
     """Which COMMITs are announced, and how long to wait for them. ``share`` 0: never."""
@@ -28,20 +31,26 @@ class Door:
         if not self._due_s:
             self._held_since_s = None
 
+    @property
+    def is_announced(self) -> bool:
+        """Whether :meth:`hold_for` may say anything but 0."""
+        return bool(self._due_s)
+
     def hold_for(self, now: float, step_s: float) -> float:
         """Seconds that the next step should still wait, called between two steps; 0: begin it.
 
         One wait lasts at most ``share * step_s``; announcements that are due but did not come in it are dropped.
         """
-        window_s = self._share * step_s
-        if not any(due_s - now <= window_s for due_s in self._due_s.values()):
+        longest_s = self._share * step_s
+        soon_s = _PUNCTUAL * longest_s
+        if not any(due_s - now <= soon_s for due_s in self._due_s.values()):
             self._held_since_s = None
             return 0.0
         if self._held_since_s is None:
             self._held_since_s = now
-        left_s = self._held_since_s + window_s - now
+        left_s = self._held_since_s + longest_s - now
         if left_s > 0:
             return left_s
         self._held_since_s = None
-        self._due_s = {m: due_s for m, due_s in self._due_s.items() if due_s - now > window_s}
+        self._due_s = {m: due_s for m, due_s in self._due_s.items() if due_s - now > soon_s}
         return 0.0

@@ -98,6 +98,7 @@ class State(StrEnum):
     RESERVING = "reserving"
     COPYING = "copying"
     LOADING = "loading"
+    ALIGNING = "aligning"  #: waits for the request's next token, so that DETACH has a whole step to get there
     DETACHING = "detaching"
     COMMITTING = "committing"
     CLOSING = "closing"  #: outcome known; RELEASE / RESUME / DROP are not acknowledged yet
@@ -208,6 +209,10 @@ class Migration:
         aborts: list[Command] = [] if self._source_lost else [Abort(self._source)]
         return aborts + self._give_up("client gone", now)
 
+    def on_token(self, now: float) -> list[Command]:
+        """A token of the request was delivered, and more are to come: the source's next step has just begun."""
+        return self._detach(now) if self.state is State.ALIGNING else []
+
     def on_finished(self, now: float) -> list[Command]:
         """The request's last token was delivered (and it ended by itself)."""
         if self.state in (State.CLOSING, State.CLOSED):
@@ -242,6 +247,8 @@ class Migration:
         if self.state is State.COMMITTING or self._poll_s is not None:
             self._poll_s = None
             return self._ask_again(now)
+        if self.state is State.ALIGNING and now < self._give_up_s:
+            return self._detach(now)
         return self._give_up("timeout" if now >= self._give_up_s else f"{self.state} timeout", now)
 
     @property
@@ -274,7 +281,8 @@ class Migration:
             return self._asked_s + self._config.retry_s
         if self._poll_s is not None:
             return self._poll_s
-        return min(self._asked_s + self._config.stage_timeout_s, self._give_up_s)
+        wait_s = self._config.align_s if self.state is State.ALIGNING else self._config.stage_timeout_s
+        return min(self._asked_s + wait_s, self._give_up_s)
 
     @property
     def _give_up_s(self) -> float:
@@ -307,7 +315,7 @@ class Migration:
             return self._commit_replay(now)
         if self.mode is MigrationMode.LIVE and self._with_blocks:
             return self._copy(now)
-        return self._detach(now)
+        return self._align(now)
 
     def _copy(self, now: float) -> list[Command]:
         self.state = State.COPYING
@@ -318,7 +326,7 @@ class Migration:
         if not answer.ok:
             return self._give_up(answer.reason, now)
         if answer.end <= self._first:
-            return self._detach(now)
+            return self._align(now)
         self.state = State.LOADING
         self.num_bytes += answer.num_bytes
         self._export_s, self._settled = answer.copy_s, answer.settled_blocks
@@ -348,8 +356,16 @@ class Migration:
         )
         self._first = answer.end
         if self._settled - self._first <= self._config.stop_blocks or len(self.stages) >= self._config.max_stages:
-            return self._detach(now)
+            return self._align(now)
         return self._copy(now)
+
+    def _align(self, now: float) -> list[Command]:
+        """DETACH leaves as a token comes in: it cannot miss the end of the source's step, which COMMIT's estimate is
+        built on, and EXPECT has that step to reach the destination. Not if no token is to be expected soon."""
+        if self._commit_due is None or not self._with_blocks or not self._tokens:
+            return self._detach(now)
+        self.state, self._asked, self._asked_s = State.ALIGNING, None, now
+        return [WakeAt(self._deadline())]
 
     def _detach(self, now: float) -> list[Command]:
         self.state, self.detach_s = State.DETACHING, now

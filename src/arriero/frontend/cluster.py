@@ -196,6 +196,8 @@ class Cluster:
         for request_id, how in finished:
             self._end_request(request_id, how)
             self.migrations.finished(request_id)
+        if self.migrations.any_moving:
+            self.migrations.tokens_came([o.request_id for o in outputs.outputs if o.new_token_ids])
         self.deliver(outputs)
 
     def _is_current(self, request_id: RequestId, instance: InstanceId) -> bool:

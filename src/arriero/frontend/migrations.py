@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -148,6 +148,11 @@ class MigrationRunner:
         due_s = now + self._pace.next_end_in(source, now, DETACH_LEAD_S) + self._handover_s
         return self._pace.on_clock_of(destination, due_s)
 
+    @property
+    def any_moving(self) -> bool:
+        """Whether :meth:`tokens_came` would do anything."""
+        return bool(self._open)
+
     def is_moving(self, request_id: RequestId) -> bool:
         """Whether a migration of this request has no outcome yet."""
         return request_id in self._open
@@ -159,6 +164,13 @@ class MigrationRunner:
             return False
         self._execute(run, run.machine.on_client_gone(self._clock()))
         return True
+
+    def tokens_came(self, request_ids: Iterable[RequestId]) -> None:
+        """These requests were delivered tokens, and more are to come."""
+        for request_id in request_ids:
+            run = self._open.get(request_id)
+            if run is not None:
+                self._execute(run, run.machine.on_token(self._clock()))
 
     def finished(self, request_id: RequestId) -> None:
         """The request's last token was delivered."""

@@ -9,7 +9,7 @@ from functools import partial
 from arriero.core.config import MigrationConfig
 from arriero.core.errors import ProtocolError
 from arriero.core.messages import Answer
-from arriero.core.migration import Abort, Command, End, Migration, Park, Route, Send, Stage, WakeAt
+from arriero.core.migration import Abort, Command, End, Migration, Park, Route, Send, Stage, State, WakeAt
 from arriero.core.pace import StepPace
 from arriero.core.types import InstanceId, MigrationId, MigrationMode, RequestId
 from arriero.sim.fast_engine import FastSequence
@@ -76,7 +76,7 @@ class VirtualMigrations:
 
     def start(self, record: Record, destination: InstanceId, mode: MigrationMode, cause: str) -> bool:
         """Start a migration; False if it cannot even begin."""
-        source, now, latency_s = record.instance, self._kernel.now, self._latency_s
+        source, now = record.instance, self._kernel.now
         origin = self._instances[source].engine.live.get(record.request_id)
         if record.request_id in self._open or origin is None or source == destination:
             return False
@@ -90,7 +90,7 @@ class VirtualMigrations:
             tokens=log,
             config=self._config,
             mode=mode,
-            commit_due=lambda now: now + self._pace.next_end_in(source, now, latency_s) + HANDOVER_S,
+            commit_due=partial(self._commit_due, source),
         )
         arriving = FastSequence(
             record.request_id, origin.num_prompt, origin.num_wanted, origin.priority, origin.arrival_s
@@ -107,6 +107,23 @@ class VirtualMigrations:
         self._open[record.request_id] = self._runs[machine.migration_id] = run
         self._execute(run, machine.start(now))
         return True
+
+    def _commit_due(self, source: InstanceId, now: float) -> float:
+        """When a COMMIT will be at the destination if DETACH is sent now: the step in flight is known."""
+        end_s = self._instances[source].step_end_s(now)
+        if end_s is None:
+            end_s = now + self._pace.next_end_in(source, now, self._latency_s)
+        return end_s + HANDOVER_S
+
+    def _await_token(self, run: _Run) -> None:
+        """Tell the machine when the source's step in flight will have delivered a token."""
+        assert run.machine.source is not None
+        end_s = self._instances[run.machine.source].step_end_s(self._kernel.now)
+        if end_s is not None:
+            self._kernel.at(end_s + self._latency_s, partial(self._token_came, run))
+
+    def _token_came(self, run: _Run) -> None:
+        self._execute(run, run.machine.on_token(self._kernel.now))
 
     def _num_steps_done(self, sequence: FastSequence) -> int:
         """Steps whose tokens were delivered, though the engine has not applied them."""
@@ -155,6 +172,8 @@ class VirtualMigrations:
                     self._end(run, ok, reason)
                 case _:
                     raise ProtocolError(f"{command} cannot be: no instance dies in the simulator")
+        if run.machine.state is State.ALIGNING:
+            self._await_token(run)
         if run.machine.is_closed:
             self._runs.pop(run.machine.migration_id, None)
 

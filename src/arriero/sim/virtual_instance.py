@@ -63,7 +63,8 @@ class VirtualInstance:
         self._version = 0
         self._free_s = 0.0
         self._pushed_s = -1e9
-        self._step_s = 0.0
+        self._step_s = 0.0  # the last one's
+        self._begun_s = 0.0
         self._last_end_s = 0.0
         self._swept_s = 0.0
         self.port = VirtualPort(
@@ -133,6 +134,12 @@ class VirtualInstance:
         segment = self.engine.segment
         return bisect.bisect_left(segment.ends, self._kernel.now) if segment is not None else 0
 
+    def step_end_s(self, after_s: float) -> float | None:
+        """When the first step of the segment in flight ends that ends after ``after_s``; None: none is known."""
+        ends = self.engine.segment.ends if self.engine.segment is not None else []
+        first = bisect.bisect_right(ends, after_s)
+        return ends[first] if first < len(ends) else None
+
     def num_used_blocks(self) -> int:
         """KV blocks in use now."""
         return num_used_blocks(self.engine, self.num_steps_done() + 1 if self.engine.segment is not None else 0)
@@ -159,12 +166,12 @@ class VirtualInstance:
             self._kernel.at(now + hold_s, self._go_on, self._order)
             return
         self.engine.slow_down = self._network.slow_down(self.instance)
-        segment = self.engine.begin(now, self._max_steps)
+        segment = self.engine.begin(now, 1 if self.llumlet.door.is_announced else self._max_steps)
         if self.engine.preempted:
             self._hooks.on_preempted(self.engine.preempted)
             self.engine.preempted.clear()
         if segment is not None:
-            self._step_s = segment.ends[0] - now
+            self._begun_s = now
             self._schedule_end(segment.ends[-1])
         else:
             self.report()
@@ -182,6 +189,7 @@ class VirtualInstance:
         if self._pace is not None:
             for end_s in segment.ends:
                 self._pace.step_ended(self.instance, end_s)
+        self._step_s = now - (segment.ends[-2] if len(segment.ends) > 1 else self._begun_s)
         heard, ended = self.engine.finish()
         self._last_end_s = now
         self._hooks.on_step(self.instance, heard, ended)
