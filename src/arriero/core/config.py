@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 
 from arriero.core.errors import ConfigError
 
@@ -89,14 +90,52 @@ class RebalancingConfig:
         )
 
 
+class QueueTerm(StrEnum):
+    """Which waiting requests count in an instance's load."""
+
+    HEAD = "head"  #: the head of the line: the paper (Llumnix, OSDI'24)
+    ALL = "all"  #: all of them: its artifact
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadConfig:
+    """What counts in freeness."""
+
+    queue_term: QueueTerm = QueueTerm.HEAD
+    load_targets: tuple[tuple[int, float], ...] = ()
+    """(priority, share of the memory): where requests of this priority or a more urgent one run, the rest of the memory
+    is headroom. By rising priority; the first that fits counts.
+    """
+
+    def __post_init__(self) -> None:
+        priorities = [p for p, _ in self.load_targets]
+        _require(sorted(set(priorities)) == priorities, "load_targets", self.load_targets, "by rising priority")
+        _require(all(0 < s <= 1 for _, s in self.load_targets), "load_targets", self.load_targets, "shares in (0, 1]")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """What the global scheduler does."""
 
     dispatch_policy: str = "freeness"
+    load: LoadConfig = field(default_factory=LoadConfig)
     rebalancing: RebalancingConfig | None = None  #: None: requests move only on demand
+    no_instance_timeout_s: float = 0.0  #: how long a request waits for any instance to be ready; 0: it is rejected
+    policy_errors_stop: bool = False  #: a policy that fails raises PolicyError; otherwise the default takes its place
     snapshot_interval_s: float = 0.02  #: instances push at most this often
+    tick_s: float = 0.25  #: between two ticks, unless rebalancing has its own interval
     seed: int = 0
 
     def __post_init__(self) -> None:
         _require(self.snapshot_interval_s >= 0, "snapshot_interval_s", self.snapshot_interval_s, "0 or more seconds")
+        _require(self.tick_s > 0, "tick_s", self.tick_s, "more than 0 seconds")
+        _require(
+            self.no_instance_timeout_s >= 0, "no_instance_timeout_s", self.no_instance_timeout_s, "0 or more seconds"
+        )
+
+    @property
+    def interval_s(self) -> float | None:
+        """Seconds between two ticks; None: nothing depends on them."""
+        if self.rebalancing is not None:
+            return self.rebalancing.interval_s
+        return self.tick_s if self.no_instance_timeout_s else None

@@ -8,6 +8,7 @@
     ├── UnavailableError       no instance can take the request               -> HTTP 503
     ├── LaunchError            an instance did not start
     ├── ProtocolError          a peer sent something that the protocol forbids
+    ├── PolicyError            a scheduling policy raised; the message has its inputs
     └── TransportError         KV blocks could not be exported, moved or imported
 
 Each message says what was wrong, with the value, and what to do about it.
@@ -54,6 +55,10 @@ class LaunchError(ArrieroError):
 
 class ProtocolError(ArrieroError):
     """A message that the protocol does not allow."""
+
+
+class PolicyError(ArrieroError):
+    """A scheduling policy raised, or chose what cannot be."""
 
 
 class TransportError(ArrieroError):

@@ -40,6 +40,15 @@ class Ledger:
         """Whether the request is in some instance's care."""
         return request_id in self._where
 
+    def instance_of(self, request_id: RequestId) -> InstanceId | None:
+        """Whose care the request is in."""
+        return self._where.get(request_id)
+
+    def facts_of(self, request_id: RequestId) -> Dispatchable | None:
+        """The request, if it is in some instance's care."""
+        instance = self._where.get(request_id)
+        return None if instance is None else self._assigned[instance][request_id]
+
     def reconcile(self, snapshot: InstanceSnapshot) -> None:
         """Forget what the snapshot shows."""
         unseen = self._unseen.get(snapshot.instance)
@@ -56,6 +65,10 @@ class Ledger:
     def num_outstanding(self, instance: InstanceId) -> int:
         """Requests in the instance's care, seen or not."""
         return len(self._assigned.get(instance, {}))
+
+    def num_pending(self, instance: InstanceId) -> int:
+        """Requests that were sent to the instance and that it has not shown yet."""
+        return len(self._unseen.get(instance, ()))
 
     def pending_blocks(self, instance: InstanceId, block_size: int) -> int:
         """KV blocks that the prompts of unseen requests will need."""

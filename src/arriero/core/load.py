@@ -9,38 +9,54 @@ out, in blocks. It may be negative: the instance has more demand than memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
+from arriero.core.config import LoadConfig, QueueTerm
 from arriero.core.types import InstanceSnapshot, Phase, RequestSnapshot
 
 
-def virtual_usage(request: RequestSnapshot, *, is_head_of_line: bool) -> int:
-    """KV blocks that ``request`` counts for.
+def virtual_usage(
+    request: RequestSnapshot,
+    config: LoadConfig,
+    *,
+    is_head_of_line: bool = False,
+    num_blocks: int = 0,
+    num_peers: int = 1,
+) -> float:
+    """KV blocks that ``request`` counts for on an instance of ``num_blocks``.
 
     A waiting request counts its demand only at the head of the line (the rule that defragments: an
-    instance whose queue head cannot fit looks overloaded, so running requests move away from it).
+    instance whose queue head cannot fit looks overloaded, so running requests move away from it), or always,
+    by ``config.queue_term``. A running one counts what it holds, and its share of its priority's headroom: that
+    of ``num_peers`` running requests of the same priority.
     """
     if request.phase is Phase.WAITING:
-        return request.demand_blocks if is_head_of_line else 0
+        return request.demand_blocks if is_head_of_line or config.queue_term is QueueTerm.ALL else 0
+    if request.phase is Phase.RUNNING:
+        return request.num_blocks + headroom(request.priority, config, num_blocks) / num_peers
     return request.num_blocks
 
 
-def freeness(snapshot: InstanceSnapshot, *, pending_blocks: int = 0, draining: bool = False) -> float:
-    """Freeness of an instance, in blocks a running request.
-
-    ``pending_blocks``: demand of requests that were dispatched but are not in the snapshot yet.
-    A draining instance holds a fake request of infinite usage: everything moves away from it.
+def headroom(priority: int, config: LoadConfig, num_blocks: int) -> int:
+    """Blocks of an instance of ``num_blocks`` that stay free for the running requests of ``priority`` together: what is
+    beyond the load at which they decode near their best speed (Llumnix, OSDI'24, section 4.4.2).
     """
-    if draining:
-        return -math.inf
-    free = snapshot.num_blocks - pending_blocks - _total_usage(snapshot.requests)
-    return free / max(1, snapshot.num_running)
+    for at_most, share in config.load_targets:
+        if priority <= at_most:
+            return math.floor(num_blocks * (1 - share))
+    return 0
 
 
-def _total_usage(requests: Iterable[RequestSnapshot]) -> int:
-    total, head_seen = 0, False
-    for request in requests:
-        is_waiting = request.phase is Phase.WAITING
-        total += virtual_usage(request, is_head_of_line=not head_seen)
-        head_seen = head_seen or is_waiting
-    return total
+def freeness(snapshot: InstanceSnapshot, config: LoadConfig, *, pending_blocks: int = 0, num_pending: int = 0) -> float:
+    """Freeness of an instance, in blocks a running request, from the snapshot's aggregates alone.
+
+    ``pending_blocks``: demand of the ``num_pending`` requests that were dispatched but are not in the snapshot yet.
+    """
+    free = snapshot.num_free_blocks - pending_blocks
+    num = snapshot.num_running + num_pending
+    if config.queue_term is QueueTerm.ALL:
+        free -= snapshot.waiting_demand_blocks
+    else:
+        free -= snapshot.head_demand_blocks
+    if config.load_targets:
+        free -= sum(headroom(p, config, snapshot.num_blocks) for p, _ in snapshot.running_by_priority)
+    return free / max(1, num)

@@ -1,136 +1,211 @@
-"""GlobalScheduler: what happens goes in, what should be done comes out. The simulator and
-production run this same object; neither holds an `if` about load or pairing.
+"""GlobalScheduler: events in, commands out. The simulator and production run this same object; neither holds an `if`
+about load or pairing.
+
+Every event is plain data with the time at which it happened, and all randomness comes from the configured seed: equal
+events in equal order bring equal commands.
 """
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping
+
+from arriero.core.commands import Command, Dispatch, PolicyFailed, Reject, RejectKind, Stop
 from arriero.core.config import SchedulerConfig
-from arriero.core.dispatch import DispatchView, make_dispatch_policy
-from arriero.core.errors import ConfigError, UnavailableError
+from arriero.core.dispatch import MaxFreeness, make_dispatch_policy
+from arriero.core.errors import PolicyError
 from arriero.core.ledger import Ledger
-from arriero.core.load import freeness
-from arriero.core.rebalancing import Move, choose_request, pair
+from arriero.core.queue import RequestQueue
+from arriero.core.rebalancing import Rebalancer
 from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, InstanceState, RequestId
+from arriero.core.view import ClusterView
 
 
 class GlobalScheduler:
-    """Dispatch and rebalancing over the instances that have joined."""
+    """Dispatch, queueing and rebalancing over the instances that have joined."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.ledger = Ledger()
+        self.view = ClusterView(config.load, random.Random(config.seed))
         self._policy = make_dispatch_policy(config.dispatch_policy)
-        self._states: dict[InstanceId, InstanceState] = {}
-        self._snapshots: dict[InstanceId, InstanceSnapshot] = {}
+        self._fallback = MaxFreeness()
+        self._queue = RequestQueue()
+        self._rebalancer = Rebalancer(config.rebalancing) if config.rebalancing is not None else None
         self._moving: dict[RequestId, tuple[InstanceId, InstanceId]] = {}
-        self._rested_at: dict[RequestId, float] = {}
 
-    # ------------------------------------------------------------------ what happened
+    # ------------------------------------------------------------------ events
 
-    def instance_joined(self, instance: InstanceId) -> None:
-        """``instance`` is ready to serve."""
-        self._states[instance] = InstanceState.READY
+    def arrived(self, request: Dispatchable, now: float) -> list[Command]:
+        """A new request, or one that must be replayed, wants an instance."""
+        self._forget(request.request_id)
+        impossible = self._impossible(request)
+        if impossible is not None:
+            return [Reject(request_id=request.request_id, kind=RejectKind.IMPOSSIBLE, reason=impossible)]
+        self._queue.push(request, now)
+        commands = self._bind(now)
+        if not self.view.candidates and not self.config.no_instance_timeout_s:
+            self._queue.remove(request.request_id)
+            commands.append(_unavailable(request))
+        return commands
 
-    def instance_draining(self, instance: InstanceId) -> None:
-        """``instance`` takes no new requests."""
-        self._states[instance] = InstanceState.DRAINING
-
-    def instance_lost(self, instance: InstanceId) -> None:
-        """``instance`` is dead or was removed."""
-        self._states.pop(instance, None)
-        self._snapshots.pop(instance, None)
-        for request_id, (source, destination) in self._moving.items():
-            if source == instance and destination in self._states:
-                self.ledger.moved(request_id, destination)  # where it goes on, unless a replay is dispatched
-        self.ledger.forget(instance)
-
-    def snapshot(self, snapshot: InstanceSnapshot) -> None:
+    def snapshot(self, snapshot: InstanceSnapshot, now: float) -> list[Command]:
         """An instance reports its load. Late reports of instances that left are ignored."""
-        if snapshot.instance in self._states:
-            self._snapshots[snapshot.instance] = snapshot
-            self.ledger.reconcile(snapshot)
-
-    def request_ended(self, request_id: RequestId) -> None:
-        """The request finished, was aborted or could not be placed."""
-        self.ledger.ended(request_id)
-        self._rested_at.pop(request_id, None)
-
-    def migration_started(self, request_id: RequestId, source: InstanceId, destination: InstanceId) -> None:
-        """A migration is under way, on demand or by :meth:`rebalance`."""
-        self._moving[request_id] = (source, destination)
-
-    def migration_ended(self, request_id: RequestId, *, ok: bool, now: float) -> None:
-        """It ended; a request that moved (or could not) rests before it is moved again."""
-        _, destination = self._moving.pop(request_id)
-        if ok:
-            self.ledger.moved(request_id, destination)
-        if self.ledger.knows(request_id):
-            self._rested_at[request_id] = now
-
-    # ------------------------------------------------------------------ what to do
-
-    def dispatch(self, request: Dispatchable) -> InstanceId:
-        """The instance for a new (or replayed) request. Raises UnavailableError if none is ready, and ConfigError if
-        the policy chooses an instance that is no candidate.
-        """
-        candidates = [i for i, s in sorted(self._states.items()) if s is InstanceState.READY]
-        if not candidates:
-            raise UnavailableError("no instance is ready: all are starting, draining or dead; try again")
-        instance = self._policy.choose(request, DispatchView(candidates, self._snapshots, self.ledger))
-        if self._states.get(instance) is not InstanceState.READY:
-            raise ConfigError(
-                f"dispatch policy {self.config.dispatch_policy!r} chose instance {instance!r}, "
-                f"which is none of the candidates {candidates}: correct its choose()"
-            )
-        self.ledger.sent(request, instance)
-        return instance
-
-    def rebalance(self, now: float) -> list[Move]:
-        """The migrations to start now; empty if rebalancing is off."""
-        config = self.config.rebalancing
-        if config is None:
+        instance = snapshot.instance
+        if instance not in self.view.states:
             return []
-        free = {i: self.freeness(i) for i in self._snapshots}
-        resting = {r for r, t in self._rested_at.items() if now - t < config.cooldown_s} | self._moving.keys()
-        moves = []
-        for source, destination in pair(free, config):
-            if self._busy(source) or self._busy(destination):
-                continue
-            request = choose_request(
-                self._snapshots[source],
-                self._snapshots[destination],
-                config,
-                resting,
-                draining=self._states[source] is InstanceState.DRAINING,
-            )
-            if request is not None:
-                moves.append(
-                    Move(
-                        request_id=request.request_id,
-                        source=source,
-                        destination=destination,
-                        source_freeness=free[source],
-                        destination_freeness=free[destination],
-                    )
-                )
-        return moves
+        self.view.see(snapshot)
+        return self._bind(now) + self._stop_if_empty(instance)
+
+    def ended(self, request_id: RequestId, now: float) -> list[Command]:
+        """The request finished, was aborted or could not be placed."""
+        instance = self.view.ledger.instance_of(request_id)
+        self._forget(request_id)
+        return self._stop_if_empty(instance) if instance is not None else []
+
+    def instance_joined(self, instance: InstanceId, now: float) -> list[Command]:
+        """``instance`` is ready to serve."""
+        self.view.set_state(instance, InstanceState.READY)
+        return self._bind(now)
+
+    def instance_draining(self, instance: InstanceId, now: float) -> list[Command]:
+        """``instance`` takes no new requests; what it holds moves away. Once it is empty, it is to be stopped."""
+        self.view.set_state(instance, InstanceState.DRAINING)
+        return self._stop_if_empty(instance)
+
+    def instance_lost(self, instance: InstanceId, now: float) -> list[Command]:
+        """``instance`` is dead or was removed. What ran there is to be replayed: each such request arrives anew."""
+        for request_id, (source, destination) in self._moving.items():
+            if source == instance and destination in self.view.states:
+                self.view.moved(request_id, destination)  # where it goes on, unless it arrives anew
+        self.view.remove(instance)
+        return []
+
+    def migration_started(
+        self, request_id: RequestId, source: InstanceId, destination: InstanceId, now: float
+    ) -> list[Command]:
+        """A migration is under way, on demand or by a command of ours."""
+        self._moving[request_id] = (source, destination)
+        return []
+
+    def migration_ended(self, request_id: RequestId, now: float, *, ok: bool) -> list[Command]:
+        """It ended; a request that moved (or could not) rests before it is moved again."""
+        source, destination = self._moving.pop(request_id)
+        if ok:
+            self.view.moved(request_id, destination)
+        if self._rebalancer is not None and self.view.ledger.knows(request_id):
+            self._rebalancer.rest(request_id, now)
+        return self._stop_if_empty(source)
+
+    def tick(self, now: float) -> list[Command]:
+        """Time has passed: every ``config.interval_s``."""
+        commands = self._expire(now)
+        if self._rebalancer is not None:
+            commands += self._rebalancer.round(self.view, self._moving, now)
+        return commands
+
+    # ------------------------------------------------------------------ what can be seen
+
+    @property
+    def ledger(self) -> Ledger:
+        """Where each request was sent."""
+        return self.view.ledger
+
+    @property
+    def moving(self) -> Mapping[RequestId, tuple[InstanceId, InstanceId]]:
+        """Open migrations: request -> (source, destination)."""
+        return self._moving
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that no instance has been given yet."""
+        return len(self._queue)
 
     def freeness(self, instance: InstanceId) -> float:
         """Freeness of an instance as the scheduler sees it now; 0 before its first snapshot."""
-        snapshot = self._snapshots.get(instance)
-        if snapshot is None:
-            return 0.0
-        return freeness(
-            snapshot,
-            pending_blocks=self.ledger.pending_blocks(instance, snapshot.block_size),
-            draining=self._states[instance] is InstanceState.DRAINING,
-        )
+        return self.view.freeness(instance)
 
     def snapshot_of(self, instance: InstanceId) -> InstanceSnapshot | None:
         """The last snapshot, if any."""
-        return self._snapshots.get(instance)
+        return self.view.snapshots.get(instance)
 
-    def _busy(self, instance: InstanceId) -> bool:
-        config = self.config.rebalancing
-        assert config is not None
-        return sum(instance in ends for ends in self._moving.values()) >= config.max_migrations_per_instance
+    # ------------------------------------------------------------------ rules
+
+    def _bind(self, now: float) -> list[Command]:
+        """Give instances to those that wait for one."""
+        commands: list[Command] = []
+        while self.view.candidates and (head := self._queue.head()) is not None:
+            request = head.request
+            instance = self._choose(request, commands)
+            self._queue.remove(request.request_id)
+            commands.append(
+                Dispatch(
+                    request_id=request.request_id,
+                    instance=instance,
+                    reason=f"{self.config.dispatch_policy}: freeness {self.view.freeness(instance):.1f}",
+                )
+            )
+            self.view.sent(request, instance)
+        return commands
+
+    def _choose(self, request: Dispatchable, commands: list[Command]) -> InstanceId:
+        view = self.view
+        try:
+            instance = self._policy.choose(request, view)
+            if view.states.get(instance) is InstanceState.READY:
+                return instance
+            error = f"chose instance {instance!r}, which is none of the candidates {list(view.candidates)}"
+            cause: Exception | None = None
+        except Exception as raised:  # noqa: BLE001 - the edge to a user's code, which may raise anything
+            error, cause = f"raised {raised!r}", raised
+        policy = self.config.dispatch_policy
+        if self.config.policy_errors_stop:
+            raise PolicyError(
+                f"dispatch policy {policy!r} {error} for {request}, with the snapshots {view.snapshots}"
+            ) from cause
+        commands.append(PolicyFailed(policy=policy, error=error))
+        return self._fallback.choose(request, view)
+
+    def _expire(self, now: float) -> list[Command]:
+        """Requests that have waited too long for any instance at all."""
+        if self.view.candidates:
+            return []
+        late = self._queue.older_than(now - self.config.no_instance_timeout_s)
+        for request in late:
+            self._queue.remove(request.request_id)
+        return [_unavailable(request) for request in late]
+
+    def _impossible(self, request: Dispatchable) -> str | None:
+        """Why the request can run nowhere; None if it can, or if no instance has shown its size yet."""
+        snapshots = self.view.snapshots.values()
+        num_tokens = request.num_prompt_tokens + 1
+        if not snapshots or any(num_tokens <= s.num_blocks * s.block_size for s in snapshots):
+            return None
+        longest = max(s.num_blocks * s.block_size for s in snapshots)
+        return (
+            f"{num_tokens} tokens of KV cache are needed, and no instance has more than {longest}: shorten the prompt"
+        )
+
+    def _stop_if_empty(self, instance: InstanceId) -> list[Command]:
+        snapshot = self.view.snapshots.get(instance)
+        if (
+            self.view.states.get(instance) is not InstanceState.DRAINING
+            or self.view.ledger.num_outstanding(instance)
+            or (snapshot is not None and snapshot.requests)
+            or any(instance in ends for ends in self._moving.values())
+        ):
+            return []
+        return [Stop(instance=instance)]
+
+    def _forget(self, request_id: RequestId) -> None:
+        self._queue.remove(request_id)
+        self.view.ended(request_id)
+        if self._rebalancer is not None:
+            self._rebalancer.ended(request_id)
+
+
+def _unavailable(request: Dispatchable) -> Reject:
+    return Reject(
+        request_id=request.request_id,
+        kind=RejectKind.UNAVAILABLE,
+        reason="no instance is ready: all are starting, draining or dead; try again",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -50,6 +51,7 @@ class RequestSnapshot:
     num_tokens: int = 0  #: prompt + output so far
     num_blocks: int = 0  #: KV blocks held now
     demand_blocks: int = 0  #: KV blocks that its (re)prefill needs; for a waiting request
+    prefill_tokens: int = 0  #: tokens to compute until its next token; 0 while it decodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,8 @@ class InstanceSnapshot:
     """What an instance pushes after a step, at most every ``snapshot_interval_s``.
 
     ``requests`` lists waiting requests in queue order. ``num_free_blocks`` already excludes
-    blocks of frozen and incoming requests.
+    blocks of frozen and incoming requests. Make it with :meth:`of`: the aggregates, which are all that
+    dispatch looks at, are sums over ``requests``.
     """
 
     instance: InstanceId
@@ -69,14 +72,58 @@ class InstanceSnapshot:
     requests: tuple[RequestSnapshot, ...] = ()
     num_preemptions: int = 0  #: since start
     num_steps: int = 0  #: since start
+    num_running: int = 0
+    num_waiting: int = 0
+    head_demand_blocks: int = 0  #: of the first waiting request
+    waiting_demand_blocks: int = 0  #: of all waiting requests
+    prefill_tokens: int = 0  #: of running and waiting requests
+    running_by_priority: tuple[tuple[int, int], ...] = ()  #: (priority, running requests), most urgent first
 
-    @property
-    def num_running(self) -> int:
-        return sum(r.phase is Phase.RUNNING for r in self.requests)
-
-    @property
-    def num_waiting(self) -> int:
-        return sum(r.phase is Phase.WAITING for r in self.requests)
+    @classmethod
+    def of(
+        cls,
+        requests: Iterable[RequestSnapshot],
+        *,
+        instance: InstanceId,
+        time_s: float,
+        num_blocks: int,
+        num_free_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        num_preemptions: int = 0,
+        num_steps: int = 0,
+    ) -> InstanceSnapshot:
+        """A snapshot with its aggregates, in one pass over ``requests``."""
+        listed = tuple(requests)
+        num_waiting = head = demand = prefill = 0
+        running: dict[int, int] = {}
+        for request in listed:
+            if request.phase is Phase.RUNNING:
+                running[request.priority] = running.get(request.priority, 0) + 1
+                prefill += request.prefill_tokens
+            elif request.phase is Phase.WAITING:
+                if not num_waiting:
+                    head = request.demand_blocks
+                num_waiting += 1
+                demand += request.demand_blocks
+                prefill += request.prefill_tokens
+        return cls(
+            instance=instance,
+            time_s=time_s,
+            num_blocks=num_blocks,
+            num_free_blocks=num_free_blocks,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            requests=listed,
+            num_preemptions=num_preemptions,
+            num_steps=num_steps,
+            num_running=sum(running.values()),
+            num_waiting=num_waiting,
+            head_demand_blocks=head,
+            waiting_demand_blocks=demand,
+            prefill_tokens=prefill,
+            running_by_priority=tuple(sorted(running.items())),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +131,9 @@ class Dispatchable:
     """What the scheduler knows of a request before an instance has seen it."""
 
     request_id: RequestId
-    num_prompt_tokens: int
+    num_prompt_tokens: int  #: to prefill; for a replay with what was generated before
     max_tokens: int
     priority: int = 0
     unmovable: str | None = None  #: why it can never be migrated, if so
+    is_replay: bool = False  #: its stream has begun and its KV cache is lost: it goes before those that have not begun
+    block_hashes: tuple[int, ...] = ()  #: of the prompt's full blocks, each over its whole prefix; empty: not known

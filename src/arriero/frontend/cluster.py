@@ -13,10 +13,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+from arriero.core.commands import Command, Dispatch, Drain, Launch, Move, PolicyFailed, Reject, RejectKind, Stop
 from arriero.core.config import MigrationConfig, SchedulerConfig
-from arriero.core.errors import ArrieroError, ConflictError, ProtocolError
+from arriero.core.errors import ArrieroError, ConfigError, ConflictError, ProtocolError, UnavailableError
 from arriero.core.pace import StepPace
 from arriero.core.scheduler import GlobalScheduler
 from arriero.core.types import (
@@ -89,7 +91,8 @@ class Cluster:
         self._make_spec = make_spec
         self._tasks: set[asyncio.Task[None]] = set()
         self._pauses: dict[RequestId, MigrationReport] = {}
-        self._replaying: set[RequestId] = set()
+        self._failed_policies: set[str] = set()
+        self._replaying: dict[RequestId, float] = {}  # until when
 
     # ------------------------------------------------------------------ life
 
@@ -104,9 +107,9 @@ class Cluster:
                 future.cancel()
             self.close(0.0)
             raise
-        rebalancing = self.scheduler.config.rebalancing
-        if rebalancing is not None:
-            self._spawn(self._rebalance_forever(rebalancing.interval_s))
+        interval_s = self.scheduler.config.interval_s
+        if interval_s is not None:
+            self._spawn(self._tick_forever(interval_s))
         return started
 
     def close(self, timeout_s: float) -> None:
@@ -128,23 +131,30 @@ class Cluster:
 
     # ------------------------------------------------------------------ requests
 
-    def submit(self, message: Any, facts: Dispatchable, external_id: str) -> InstanceId:
-        """Dispatch a new request. Raises UnavailableError if no instance is ready."""
+    def submit(self, message: Any, facts: Dispatchable, external_id: str) -> None:
+        """Take a new request; it is dispatched now or later. Raises UnavailableError if no instance is ready, and
+        ConfigError if none could ever run it.
+        """
         started = self.clock()
-        instance = self.scheduler.dispatch(facts)
-        request = LiveRequest(facts, message, instance, external_id, started)
-        self.requests.add(request)
-        self.links.add(instance, message)
+        self.requests.add(LiveRequest(facts, message, None, external_id, started))
+        commands = self.scheduler.arrived(facts, started)
+        refused = next((c for c in commands if isinstance(c, Reject) and c.request_id == facts.request_id), None)
+        if refused is not None:
+            commands.remove(refused)
+            self._end_request(facts.request_id, refused.kind.value)
+        self._carry_out(commands)
         self.metrics.dispatch_seconds.observe(self.clock() - started)
-        self.events.emit("dispatch", request=facts.request_id, instance=instance)
-        return instance
+        if refused is not None:
+            raise (ConfigError if refused.kind is RejectKind.IMPOSSIBLE else UnavailableError)(refused.reason)
 
     def abort(self, request_ids: Sequence[RequestId]) -> None:
         """The clients are gone; unknown ids are ignored."""
         by_instance: dict[InstanceId, list[RequestId]] = {}
         for request_id in request_ids:
             request = self._end_request(request_id, "aborted")
-            if request is not None and not self.migrations.client_gone(request_id):
+            if request is None or self.migrations.client_gone(request_id):
+                continue
+            if request.route is not None:
                 by_instance.setdefault(request.route, []).append(request_id)
         for instance, ids in by_instance.items():
             if self.instances[instance].state is not InstanceState.DEAD:
@@ -153,7 +163,7 @@ class Cluster:
     def _end_request(self, request_id: RequestId, how: str) -> LiveRequest | None:
         request = self.requests.pop(request_id)
         if request is not None:
-            self.scheduler.request_ended(request_id)
+            self._carry_out(self.scheduler.ended(request_id, self.clock()))
             self._pauses.pop(request_id, None)
             self.events.emit(
                 "finish", request=request_id, instance=request.route, how=how, num_output_tokens=len(request.tokens)
@@ -170,7 +180,7 @@ class Cluster:
         """From the links."""
         self.instances.on_snapshot(snapshot.instance)
         self.pace.clock_read(snapshot.instance, snapshot.time_s, self.clock())
-        self.scheduler.snapshot(snapshot)
+        self._carry_out(self.scheduler.snapshot(snapshot, self.clock()))
 
     def on_outputs(self, outputs: Any) -> None:
         """Log tokens, drop what does not come from a request's route, pass the rest on."""
@@ -215,14 +225,14 @@ class Cluster:
             self.metrics.migration_pause_seconds.observe(pause)
 
     def _joined(self, instance: Instance) -> None:
-        self.scheduler.instance_joined(instance.instance_id)
         self.events.emit("instance_ready", instance=instance.instance_id)
+        self._carry_out(self.scheduler.instance_joined(instance.instance_id, self.clock()))
 
     def _lost(self, instance: Instance, returncode: int) -> None:
         """An instance died: what ran there goes on elsewhere, from the token log."""
         lost = instance.instance_id
         self.events.emit("instance_lost", instance=lost, returncode=returncode)
-        self.scheduler.instance_lost(lost)
+        commands = self.scheduler.instance_lost(lost, self.clock())
         self.pace.forget(lost)
         orphans = [r for r in self.requests.routed_to(lost) if not self.migrations.is_moving(r.request_id)]
         self.migrations.instance_lost(lost)
@@ -230,6 +240,58 @@ class Cluster:
         for request in orphans:
             if request.route == lost and not self.migrations.is_moving(request.request_id):
                 self._replay(request)
+        self._carry_out(commands)
+
+    # ------------------------------------------------------------------ what the scheduler wants
+
+    def _carry_out(self, commands: Sequence[Command]) -> None:
+        for command in commands:
+            match command:
+                case Dispatch():
+                    self._place(command)
+                case Move():
+                    self._move(command)
+                case Reject():
+                    self._reject(command)
+                case PolicyFailed(policy=policy, error=error):
+                    self.metrics.policy_failures.labels(policy).inc()
+                    if policy not in self._failed_policies:
+                        self._failed_policies.add(policy)
+                        logger.error("policy %s %s; the freest instance is taken instead (said once)", policy, error)
+                case Launch() | Drain() | Stop():
+                    self.events.emit("advice", command=type(command).__name__.lower(), detail=str(command))
+
+    def _place(self, command: Dispatch) -> None:
+        request = self.requests.get(command.request_id)
+        if request is None:
+            return
+        self.events.emit("dispatch", request=command.request_id, instance=command.instance, reason=command.reason)
+        if command.request_id in self._replaying:
+            self._spawn(self._replay_at(request, command.instance))
+        else:
+            request.route = command.instance
+            self.links.add(command.instance, request.message)
+
+    def _move(self, command: Move) -> None:
+        request = self.requests.get(command.request_id)
+        if request is not None and request.route == command.source:
+            with contextlib.suppress(ArrieroError):  # something has happened to it meanwhile
+                self._start_migration(request, command.destination, MigrationMode.LIVE, command.reason)
+
+    def _reject(self, command: Reject) -> None:
+        """The request was taken, so its client hears of it as of any end."""
+        request = self.requests.get(command.request_id)
+        if request is None:
+            return
+        if command.request_id in self._replaying and command.kind is RejectKind.UNAVAILABLE:
+            self._spawn(self._replay_later(request))
+        else:
+            self._lose(request, command.reason)
+
+    async def _tick_forever(self, interval_s: float) -> None:
+        while True:
+            await asyncio.sleep(interval_s)
+            self._carry_out(self.scheduler.tick(self.clock()))
 
     # ------------------------------------------------------------------ moving
 
@@ -260,18 +322,19 @@ class Cluster:
         if request.route == destination:
             raise ConflictError(f"request {request.request_id} runs on instance {destination} already")
         source = request.route
+        if source is None:
+            raise ConflictError(f"request {request.request_id} waits for an instance: there is nothing to move yet")
         if self.instances[source].state is InstanceState.DEAD:
             raise ConflictError(
                 f"request {request.request_id} was on instance {source}, which died: it waits for a replay"
             )
         future = self.migrations.start(request, destination, mode=mode, cause=cause, source=source)
-        self.scheduler.migration_started(request.request_id, source, destination)
+        self._carry_out(self.scheduler.migration_started(request.request_id, source, destination, self.clock()))
         return future
 
     def _migration_ended(self, request: LiveRequest, report: MigrationReport) -> None:
-        now = self.clock()
         if report.source is not None:
-            self.scheduler.migration_ended(report.request_id, ok=report.ok, now=now)
+            self._carry_out(self.scheduler.migration_ended(report.request_id, self.clock(), ok=report.ok))
         else:
             self._replay_ended(request, report)
         if report.ok and self.requests.get(report.request_id) is request:
@@ -281,54 +344,60 @@ class Cluster:
         self.metrics.migration_ended(report.ok, report.reason, report.num_bytes, replay=report.source is None)
         self.events.emit("migration", **_flat(report))
 
-    async def _rebalance_forever(self, interval_s: float) -> None:
-        while True:
-            await asyncio.sleep(interval_s)
-            for move in self.scheduler.rebalance(self.clock()):
-                request = self.requests.get(move.request_id)
-                if request is None or request.route != move.source:
-                    continue
-                with contextlib.suppress(ArrieroError):
-                    self._start_migration(request, move.destination, MigrationMode.LIVE, move.reason)
-
     # ------------------------------------------------------------------ replay
 
     def _replay(self, request: LiveRequest) -> None:
         """Continue a request whose KV cache is lost: prompt and delivered tokens are prefilled again.
 
-        One task a request sees to it, however many of its replays fail: two would run the request twice.
+        One attempt at a time, however many of them fail: two would run the request twice.
         """
         request_id = request.request_id
         if self.requests.get(request_id) is request and request_id not in self._replaying:
-            self._replaying.add(request_id)
-            self._spawn(self._replay_until_placed(request))
+            self._replaying[request_id] = self.clock() + REPLAY_DEADLINE_S
+            self._ask_for_replay(request)
 
-    async def _replay_until_placed(self, request: LiveRequest) -> None:
-        deadline = self.clock() + REPLAY_DEADLINE_S
-        try:
-            while self.requests.get(request.request_id) is request and self.clock() < deadline:
-                if await self._replay_once(request):
-                    return
-                await asyncio.sleep(REPLAY_RETRY_S)
-        finally:
-            self._replaying.discard(request.request_id)
-        if self._end_request(request.request_id, "lost") is not None:
-            logger.error("request %s is lost: no instance took it within %.0f s", request.request_id, REPLAY_DEADLINE_S)
-            self.deliver(self.links.codec.error_outputs(request.route, [request.request_id]))
+    def _ask_for_replay(self, request: LiveRequest) -> None:
+        facts, done = request.facts, len(request.tokens)
+        arrives = replace(
+            facts,
+            num_prompt_tokens=facts.num_prompt_tokens + done,
+            max_tokens=max(1, facts.max_tokens - done),
+            is_replay=True,
+        )
+        self._carry_out(self.scheduler.arrived(arrives, self.clock()))
 
-    async def _replay_once(self, request: LiveRequest) -> bool:
-        """Whether the request runs again now."""
-        try:
-            destination = self.scheduler.dispatch(request.facts)
+    async def _replay_at(self, request: LiveRequest, destination: InstanceId) -> None:
+        """See the request through to running again."""
+        ok = False
+        with contextlib.suppress(ArrieroError):
             report = await self.migrations.start(
                 request, destination, mode=MigrationMode.RECOMPUTE, cause="instance lost", source=None
             )
-        except ArrieroError:
-            return False
-        if not report.ok:
-            self.scheduler.request_ended(request.request_id)
-        # Its new instance may have died in the same turn of the loop.
-        return report.ok and self.instances[request.route].state is not InstanceState.DEAD
+            # Its new instance may have died in the same turn of the loop.
+            ok = report.ok and self._route_state(request) is not InstanceState.DEAD
+        if ok or self.requests.get(request.request_id) is not request:
+            self._replaying.pop(request.request_id, None)
+        else:
+            self._carry_out(self.scheduler.ended(request.request_id, self.clock()))
+            await self._replay_later(request)
+
+    async def _replay_later(self, request: LiveRequest) -> None:
+        await asyncio.sleep(REPLAY_RETRY_S)
+        if self.requests.get(request.request_id) is not request:
+            self._replaying.pop(request.request_id, None)
+        elif self.clock() < self._replaying[request.request_id]:
+            self._ask_for_replay(request)
+        else:
+            self._lose(request, f"no instance took it within {REPLAY_DEADLINE_S:.0f} s")
+
+    def _lose(self, request: LiveRequest, reason: str) -> None:
+        self._replaying.pop(request.request_id, None)
+        if self._end_request(request.request_id, "lost") is not None:
+            logger.error("request %s is lost: %s", request.request_id, reason)
+            self.deliver(self.links.codec.error_outputs(request.route or 0, [request.request_id]))
+
+    def _route_state(self, request: LiveRequest) -> InstanceState | None:
+        return None if request.route is None else self.instances[request.route].state
 
     def _replay_ended(self, request: LiveRequest, report: MigrationReport) -> None:
         if not report.ok:
@@ -391,7 +460,7 @@ class Cluster:
     def check_integrity(self) -> None:
         """Raise ProtocolError if a request is routed to an instance that is not there."""
         for request in self.requests:
-            state = self.instances[request.route].state
+            state = self._route_state(request)
             if state is InstanceState.DEAD and not self.migrations.is_moving(request.request_id):
                 logger.debug("request %s waits for a replay", request.request_id)
             elif state is InstanceState.STARTING:
@@ -404,6 +473,8 @@ def _finite(freeness: float) -> float | None:
 
 
 def _phase(phases: dict[tuple[RequestId, InstanceId], Phase], request: LiveRequest) -> str:
+    if request.route is None:
+        return "queued"
     phase = phases.get((request.request_id, request.route))
     return phase.value if phase is not None else ("running" if request.tokens else "waiting")
 

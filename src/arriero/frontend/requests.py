@@ -21,7 +21,7 @@ class LiveRequest:
 
     facts: Dispatchable
     message: Any  #: the original request, as the codec encodes it
-    route: InstanceId  #: the one instance whose outputs count
+    route: InstanceId | None  #: the one instance whose outputs count; None while it waits for one
     external_id: str
     arrived_s: float
     tokens: list[int] = field(default_factory=list)  #: the token log

@@ -25,6 +25,9 @@ class Metrics:
             buckets=_PAUSE_BUCKETS,
             registry=registry,
         )
+        self.policy_failures = Counter(
+            "arriero_policy_failures", "Decisions that a policy failed to make", ["policy"], registry=registry
+        )
         self.dispatch_seconds = Histogram(
             "arriero_dispatch_seconds",
             "Time to choose an instance and send the request",

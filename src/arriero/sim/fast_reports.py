@@ -13,6 +13,8 @@ def snapshot(engine: FastEngine, now: float, num_steps: int = 0) -> InstanceSnap
     requests = []
     for sequence in engine.running:
         num_blocks = sequence.num_blocks
+        num_tokens = sequence.num_prompt + sequence.num_output
+        missing = 0 if num_steps else num_tokens - sequence.num_computed
         if num_steps:
             num_blocks = max(num_blocks, -(-(sequence.num_computed + num_steps) // size))
             more += num_blocks - sequence.num_blocks
@@ -21,20 +23,21 @@ def snapshot(engine: FastEngine, now: float, num_steps: int = 0) -> InstanceSnap
                 request_id=sequence.request_id,
                 phase=Phase.RUNNING,
                 priority=sequence.priority,
-                num_tokens=sequence.num_prompt + sequence.num_output + num_steps,
+                num_tokens=num_tokens + num_steps,
                 num_blocks=num_blocks,
+                prefill_tokens=missing if missing > 1 else 0,
             )
         )
     for others in (engine.waiting, engine.frozen.values(), engine.reserved.values()):
         requests += [_describe(sequence, size) for sequence in others]
-    return InstanceSnapshot(
+    return InstanceSnapshot.of(
+        requests,
         instance=engine.instance,
         time_s=now,
         num_blocks=engine.config.num_blocks,
         num_free_blocks=engine.num_free - more,
         block_size=size,
         max_num_seqs=engine.config.max_num_seqs,
-        requests=tuple(requests),
         num_preemptions=engine.num_preemptions,
         num_steps=engine.num_steps + num_steps,
     )
@@ -42,13 +45,16 @@ def snapshot(engine: FastEngine, now: float, num_steps: int = 0) -> InstanceSnap
 
 def _describe(sequence: FastSequence, block_size: int) -> RequestSnapshot:
     num_tokens = sequence.num_tokens
+    missing = num_tokens - sequence.num_computed
+    is_waiting = sequence.phase is Phase.WAITING
     return RequestSnapshot(
         request_id=sequence.request_id,
         phase=sequence.phase,
         priority=sequence.priority,
         num_tokens=num_tokens,
         num_blocks=sequence.num_blocks,
-        demand_blocks=-(-(num_tokens + 1) // block_size) if sequence.phase is Phase.WAITING else 0,
+        demand_blocks=-(-(num_tokens + 1) // block_size) if is_waiting else 0,
+        prefill_tokens=missing if missing > 1 or is_waiting else 0,
     )
 
 

@@ -54,14 +54,14 @@ class Holdings:
 
     def snapshot(self, instance: InstanceId, now: float, num_steps: int) -> InstanceSnapshot:
         """The load report: running, waiting in queue order, frozen, coming in."""
-        return InstanceSnapshot(
+        return InstanceSnapshot.of(
+            (self._describe(s) for s in self._sequences()),
             instance=instance,
             time_s=now,
             num_blocks=self.pool.num_blocks,
             num_free_blocks=self.pool.num_free,
             block_size=self.pool.block_size,
             max_num_seqs=self.config.max_num_seqs,
-            requests=tuple(self._describe(s) for s in self._sequences()),
             num_preemptions=self.batch.num_preemptions,
             num_steps=num_steps,
         )
@@ -74,6 +74,7 @@ class Holdings:
 
     def _describe(self, sequence: Sequence) -> RequestSnapshot:
         is_waiting = sequence.phase is Phase.WAITING
+        missing = sequence.num_tokens - sequence.num_computed
         return RequestSnapshot(
             request_id=sequence.request_id,
             phase=sequence.phase,
@@ -81,6 +82,7 @@ class Holdings:
             num_tokens=sequence.num_tokens,
             num_blocks=len(self.pool.blocks_of(sequence.request_id)),
             demand_blocks=self.pool.num_blocks_for(sequence.num_tokens + 1) if is_waiting else 0,
+            prefill_tokens=missing if missing > 1 or is_waiting else 0,
         )
 
     def describe(self) -> dict[str, Any]:

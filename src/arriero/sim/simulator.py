@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from arriero.core.commands import Command, Dispatch, Move, Reject
 from arriero.core.config import CopyConfig, MigrationConfig, RebalancingConfig, SchedulerConfig
 from arriero.core.dispatch import DISPATCH_POLICIES
-from arriero.core.errors import ArrieroError, ConfigError
+from arriero.core.errors import ConfigError, ProtocolError
 from arriero.core.pace import StepPace
 from arriero.core.scheduler import GlobalScheduler
 from arriero.core.types import Dispatchable, InstanceId, MigrationMode, RequestId
@@ -31,11 +32,13 @@ BLIND = frozenset({"round_robin", "least_outstanding"})
 def scheduler_config(policy: str, seed: int = 0) -> SchedulerConfig:
     """What ``--policy`` means: a dispatch policy, or ``arriero``: freeness with rebalancing. Raises ConfigError."""
     if policy == "arriero":
-        return SchedulerConfig(dispatch_policy="freeness", rebalancing=RebalancingConfig(), seed=seed)
+        return SchedulerConfig(
+            dispatch_policy="freeness", rebalancing=RebalancingConfig(), policy_errors_stop=True, seed=seed
+        )
     if policy not in DISPATCH_POLICIES and "." not in policy:
         known = ", ".join([*DISPATCH_POLICIES, "arriero"])
         raise ConfigError(f"policy {policy!r} is unknown: use one of {known} or the dotted path of your own class")
-    return SchedulerConfig(dispatch_policy=policy, seed=seed)
+    return SchedulerConfig(dispatch_policy=policy, policy_errors_stop=True, seed=seed)
 
 
 def engine_config(profile: Profile, **facts: Any) -> SimEngineConfig:
@@ -153,13 +156,13 @@ class Simulator:
     def run(self) -> SimulationResult:
         """Until every request has ended. Raises ArrieroError if a policy fails."""
         for instance in self.instances:
-            self.scheduler.instance_joined(instance.instance)
             self._emit("instance_ready", instance=instance.instance)
+            self._carry_out(self.scheduler.instance_joined(instance.instance, 0.0))
             instance.report()
         if self._arrivals:
             self.kernel.at(self._arrivals[0].arrival_s, self._arrive)
-            if self.config.scheduler.rebalancing is not None:
-                self.kernel.at(self.config.scheduler.rebalancing.interval_s, self._rebalance)
+            if self.config.scheduler.interval_s is not None:
+                self.kernel.at(self.config.scheduler.interval_s, self._tick)
             if self.config.sample_s:
                 self.kernel.at(0.0, self._sample)
         self.kernel.run()
@@ -183,16 +186,11 @@ class Simulator:
             self.kernel.at(self._arrivals[self._num_arrived].arrival_s, self._arrive)
         longest = self.config.engine.max_model_len
         if arrival.prompt_tokens + arrival.output_tokens > longest:
-            record.rejected = (
-                f"{arrival.prompt_tokens} + {arrival.output_tokens} tokens are more than max_model_len={longest}"
+            self._reject(
+                record,
+                f"{arrival.prompt_tokens} + {arrival.output_tokens} tokens are more than max_model_len={longest}",
             )
-            self._emit("reject", request=record.request_id, reason=record.rejected)
-            self._ended()
-        else:
-            self._dispatch(record)
-
-    def _dispatch(self, record: Record) -> None:
-        now, arrival = self.kernel.now, record.arrival
+            return
         self._collect_snapshots()
         facts = Dispatchable(
             request_id=record.request_id,
@@ -200,24 +198,45 @@ class Simulator:
             max_tokens=self.config.engine.max_model_len - arrival.prompt_tokens,
             priority=arrival.priority,
         )
-        instance = self._decide(lambda: self.scheduler.dispatch(facts), facts)
+        self._carry_out(self.scheduler.arrived(facts, self.kernel.now))
+
+    def _reject(self, record: Record, reason: str) -> None:
+        record.rejected = reason
+        self._emit("reject", request=record.request_id, reason=reason)
+        self._ended()
+
+    # ------------------------------------------------------------------ what the scheduler wants
+
+    def _carry_out(self, commands: Sequence[Command]) -> None:
+        for command in commands:
+            match command:
+                case Dispatch(request_id=request_id, instance=instance):
+                    self._place(self.records[request_id], instance)
+                case Move():
+                    self._move(command)
+                case Reject(request_id=request_id, reason=reason):
+                    self._reject(self.records[request_id], reason)
+                case _:
+                    raise ProtocolError(f"{command} cannot be carried out in virtual time")
+
+    def _place(self, record: Record, instance: InstanceId) -> None:
+        now, arrival = self.kernel.now, record.arrival
         record.dispatch_s, record.instance = now, instance
         self._emit("dispatch", request=record.request_id, instance=instance)
         self.instances[instance].add(
-            FastSequence(record.request_id, arrival.prompt_tokens, arrival.output_tokens, arrival.priority, now)
+            FastSequence(
+                record.request_id, arrival.prompt_tokens, arrival.output_tokens, arrival.priority, arrival.arrival_s
+            )
         )
 
-    def _decide(self, decide: Callable[[], Any], facts: object) -> Any:
-        try:
-            return decide()
-        except ArrieroError:
-            raise
-        except Exception as error:  # a user's policy may raise anything; its inputs are what explains it
-            snapshots = [self.scheduler.snapshot_of(i.instance) for i in self.instances]
-            raise ArrieroError(
-                f"policy {self.config.scheduler.dispatch_policy} raised {error!r} at {self.kernel.now} s "
-                f"for {facts}, with the snapshots {snapshots}"
-            ) from error
+    def _move(self, move: Move) -> None:
+        record, now = self.records[move.request_id], self.kernel.now
+        if record.finish_s >= 0 or record.instance != move.source:
+            return
+        if self.migrations.start(record, move.destination, MigrationMode.LIVE, move.reason):
+            self._carry_out(self.scheduler.migration_started(move.request_id, move.source, move.destination, now))
+
+    # ------------------------------------------------------------------ what instances say
 
     def _on_step(self, instance: InstanceId, heard: list[FastSequence], ended: list[FastSequence]) -> None:
         now = self.kernel.now
@@ -226,7 +245,7 @@ class Simulator:
         for sequence in ended:
             record = self.records[sequence.request_id]
             record.finish_s, record.num_output = now, sequence.num_output
-            self.scheduler.request_ended(record.request_id)
+            self._carry_out(self.scheduler.ended(record.request_id, now))
             self._emit(
                 "finish",
                 request=record.request_id,
@@ -264,26 +283,21 @@ class Simulator:
         for instance in self.instances:
             instance.settle_snapshots()
             if instance.due is not None:
-                self.scheduler.snapshot(instance.due)
-                instance.due = None
+                due, instance.due = instance.due, None
+                self._carry_out(self.scheduler.snapshot(due, self.kernel.now))
 
-    def _rebalance(self) -> None:
+    def _tick(self) -> None:
         if self._is_over:
             return
-        rebalancing, now = self.config.scheduler.rebalancing, self.kernel.now
-        assert rebalancing is not None
-        self.kernel.at(now + rebalancing.interval_s, self._rebalance)
+        interval_s = self.config.scheduler.interval_s
+        assert interval_s is not None
+        self.kernel.at(self.kernel.now + interval_s, self._tick)
         self._collect_snapshots()
-        for move in self._decide(lambda: self.scheduler.rebalance(now), "a round of rebalancing"):
-            record = self.records[move.request_id]
-            if record.finish_s >= 0 or record.instance != move.source:
-                continue
-            if self.migrations.start(record, move.destination, MigrationMode.LIVE, move.reason):
-                self.scheduler.migration_started(move.request_id, move.source, move.destination)
+        self._carry_out(self.scheduler.tick(self.kernel.now))
 
     def _on_migration_end(self, record: Record, report: MoveReport) -> None:
         self._collect_snapshots()
-        self.scheduler.migration_ended(record.request_id, ok=report.ok, now=self.kernel.now)
+        self._carry_out(self.scheduler.migration_ended(record.request_id, self.kernel.now, ok=report.ok))
         record.num_moves += report.ok
         self.moves.append(report)
         if self._events is not None:

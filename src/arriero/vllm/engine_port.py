@@ -265,14 +265,14 @@ class VllmEnginePort:
     def snapshot(self, instance: InstanceId, now: float, num_steps: int) -> InstanceSnapshot:
         """What the scheduler sees of this instance."""
         pool = self._kv.block_pool
-        return InstanceSnapshot(
+        return InstanceSnapshot.of(
+            self._snapshots(),
             instance=instance,
             time_s=now,
             num_blocks=pool.num_gpu_blocks - 1,  # one is the null block
             num_free_blocks=pool.get_num_free_blocks(),
             block_size=self.block_size,
             max_num_seqs=self._scheduler.max_num_running_reqs,
-            requests=tuple(self._snapshots()),
             num_preemptions=self.num_preemptions,
             num_steps=num_steps,
         )
@@ -292,6 +292,7 @@ class VllmEnginePort:
 
     def _snapshot(self, request: Request, phase: Phase) -> RequestSnapshot:
         num_blocks = len(self._kv.coordinator.get_blocks(request.request_id)[0]) if phase is not Phase.WAITING else 0
+        missing = request.num_tokens - request.num_computed_tokens
         return RequestSnapshot(
             request_id=request.request_id,
             phase=phase,
@@ -299,6 +300,7 @@ class VllmEnginePort:
             num_tokens=request.num_tokens,
             num_blocks=num_blocks,
             demand_blocks=-(-(request.num_tokens + 1) // self.block_size) if phase is Phase.WAITING else 0,
+            prefill_tokens=missing if missing > 1 or phase is Phase.WAITING else 0,
         )
 
     def holdings(self) -> dict[str, Any]:

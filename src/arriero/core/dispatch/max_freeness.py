@@ -1,0 +1,18 @@
+"""Dispatch by freeness."""
+
+from __future__ import annotations
+
+from arriero.core.dispatch.ranking import Ranking
+from arriero.core.types import Dispatchable, InstanceId
+from arriero.core.view import ClusterView
+
+
+class MaxFreeness:
+    """Maximum freeness (Llumnix, OSDI'24, section 4.4.3)."""
+
+    def __init__(self) -> None:
+        self._ranking = Ranking(lambda view, i: (-view.freeness(i), view.ledger.num_outstanding(i)))
+
+    def choose(self, request: Dispatchable, view: ClusterView) -> InstanceId:
+        """Argmax of freeness; ties go to fewer outstanding requests, then to the lower number."""
+        return self._ranking.best(view)
