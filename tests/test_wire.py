@@ -49,6 +49,7 @@ VALUES: dict[Any, st.SearchStrategy[Any]] = {
     Phase: st.sampled_from(Phase),
     Phase | None: st.none() | st.sampled_from(Phase),
     tuple[int, ...]: st.lists(whole, max_size=5).map(tuple),
+    tuple[tuple[int, int], ...]: st.lists(st.tuples(st.integers(-5, 5), st.integers(0, 9)), max_size=3).map(tuple),
 }
 
 

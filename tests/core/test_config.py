@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from arriero.core.config import CopyConfig, MigrationConfig, RebalancingConfig, SchedulerConfig
+from arriero.core.config import CopyConfig, LoadConfig, MigrationConfig, RebalancingConfig, SchedulerConfig
 from arriero.core.errors import ConfigError
 
-CONFIGS: tuple[type[Any], ...] = (MigrationConfig, CopyConfig, RebalancingConfig, SchedulerConfig)
+CONFIGS: tuple[type[Any], ...] = (MigrationConfig, CopyConfig, RebalancingConfig, SchedulerConfig, LoadConfig)
 
-WRONG: list[tuple[type[Any], str, float]] = [
+WRONG: list[tuple[type[Any], str, Any]] = [
     (MigrationConfig, "stop_blocks", -1),
     (MigrationConfig, "max_stages", 0),
     (MigrationConfig, "reserve_ahead_blocks", -1),
@@ -43,6 +43,10 @@ WRONG: list[tuple[type[Any], str, float]] = [
     (RebalancingConfig, "max_migrations_per_instance", 0),
     (SchedulerConfig, "snapshot_interval_s", -0.01),
     (SchedulerConfig, "snapshot_interval_s", math.nan),
+    (SchedulerConfig, "tick_s", 0.0),
+    (SchedulerConfig, "no_instance_timeout_s", -1.0),
+    (LoadConfig, "load_targets", ((0, 0.5), (-1, 0.2))),
+    (LoadConfig, "load_targets", ((0, 0.0),)),
 ]
 
 EDGES: list[tuple[type[Any], str, float]] = [
@@ -94,3 +98,9 @@ def test_configurations_are_frozen_and_keyword_only(config: type[Any]) -> None:
         setattr(config(), first, 1)
     with pytest.raises(TypeError):
         config(1)
+
+
+def test_ticks_come_as_often_as_rebalancing_wants_and_only_where_something_depends_on_them() -> None:
+    assert SchedulerConfig().interval_s is None
+    assert SchedulerConfig(rebalancing=RebalancingConfig(interval_s=0.5)).interval_s == 0.5
+    assert SchedulerConfig(no_instance_timeout_s=9, tick_s=0.125).interval_s == 0.125

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,18 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arriero.core.config import LoadConfig
 from arriero.core.dispatch import (
     DISPATCH_POLICIES,
+    ClusterView,
     DispatchPolicy,
-    DispatchView,
     LeastOutstanding,
     MaxFreeness,
     RoundRobin,
     make_dispatch_policy,
 )
 from arriero.core.errors import ConfigError
-from arriero.core.ledger import Ledger
-from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, Phase, RequestSnapshot
+from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, InstanceState, Phase, RequestSnapshot
 
 BLOCK_SIZE = 16
 REQUEST = Dispatchable(request_id="new", num_prompt_tokens=100, max_tokens=10)
@@ -35,24 +36,26 @@ loads = st.dictionaries(st.integers(0, 50), st.tuples(st.integers(0, 120), st.in
 
 def snapshot(instance: InstanceId, used_blocks: int = 0) -> InstanceSnapshot:
     running = RequestSnapshot(request_id=f"old-{instance}", phase=Phase.RUNNING, num_blocks=used_blocks)
-    return InstanceSnapshot(
-        instance=instance, time_s=0.0, num_blocks=100, num_free_blocks=max(0, 100 - used_blocks),
-        block_size=BLOCK_SIZE, max_num_seqs=8, requests=(running,) if used_blocks else (),
+    return InstanceSnapshot.of(
+        (running,) if used_blocks else (), instance=instance, time_s=0.0, num_blocks=100,
+        num_free_blocks=max(0, 100 - used_blocks), block_size=BLOCK_SIZE, max_num_seqs=8,
     )  # fmt: skip
 
 
-def send(ledger: Ledger, instance: InstanceId, num_requests: int = 1, num_prompt_tokens: int = 159) -> None:
+def send(seen: ClusterView, instance: InstanceId, num_requests: int = 1, num_prompt_tokens: int = 159) -> None:
     for number in range(num_requests):
         name = f"sent-{instance}-{number}-{num_prompt_tokens}"
-        ledger.sent(Dispatchable(request_id=name, num_prompt_tokens=num_prompt_tokens, max_tokens=1), instance)
+        seen.sent(Dispatchable(request_id=name, num_prompt_tokens=num_prompt_tokens, max_tokens=1), instance)
 
 
-def view(load: Loads, candidates: Sequence[InstanceId] | None = None) -> DispatchView:
-    ledger = Ledger()
-    for instance, (_, unseen) in load.items():
-        send(ledger, instance, unseen)
-    snapshots = {i: snapshot(i, used) for i, (used, _) in load.items()}
-    return DispatchView(sorted(load) if candidates is None else candidates, snapshots, ledger)
+def view(load: Loads, candidates: Sequence[InstanceId] | None = None) -> ClusterView:
+    seen = ClusterView(LoadConfig(), random.Random(0))
+    for instance, (used, unseen) in load.items():
+        is_candidate = candidates is None or instance in candidates
+        seen.set_state(instance, InstanceState.READY if is_candidate else InstanceState.DRAINING)
+        seen.see(snapshot(instance, used))
+        send(seen, instance, unseen)
+    return seen
 
 
 # ---------------------------------------------------------------------- what a policy sees
@@ -60,11 +63,13 @@ def view(load: Loads, candidates: Sequence[InstanceId] | None = None) -> Dispatc
 
 def test_a_view_counts_requests_on_their_way_as_load() -> None:
     assert view({0: (40, 0)}).freeness(0) == 60
-    assert view({0: (40, 2)}).freeness(0) == 60 - 2 * 10
+    assert view({0: (40, 2)}).freeness(0) == (60 - 2 * 10) / 3
 
 
 def test_an_instance_without_a_snapshot_has_no_room_to_show() -> None:
-    assert DispatchView([0], {}, Ledger()).freeness(0) == 0
+    seen = ClusterView(LoadConfig(), random.Random(0))
+    seen.set_state(0, InstanceState.READY)
+    assert seen.freeness(0) == 0
 
 
 # ---------------------------------------------------------------------- laws of all policies
@@ -86,9 +91,10 @@ def test_no_policy_looks_beyond_the_candidates(name: str, load: Loads, data: st.
 
 @given(st.sampled_from(["freeness", "least_outstanding"]), st.data())
 def test_renaming_the_instances_renames_the_choice_unless_there_is_a_tie(name: str, data: st.DataObject) -> None:
-    def score(figures: tuple[int, int]) -> int:
+    def score(figures: tuple[int, int]) -> float:
         used, unseen = figures
-        return used + 10 * unseen if name == "freeness" else unseen
+        free = (max(0, 100 - used) - 10 * unseen) / max(1, (used > 0) + unseen)
+        return free if name == "freeness" else unseen
 
     figures = st.tuples(st.integers(0, 120), st.integers(0, 8))
     load = data.draw(st.lists(figures, min_size=1, max_size=6, unique_by=score))
@@ -132,22 +138,39 @@ def test_freeness_chooses_an_instance_that_nobody_is_freer_than(load: Loads) -> 
     assert seen.freeness(chosen) == max(seen.freeness(i) for i in load)
 
 
+@given(st.sampled_from(["freeness", "least_outstanding"]), st.lists(st.tuples(st.integers(0, 5), st.integers(0, 120))))
+def test_a_policy_that_follows_the_changes_chooses_as_one_that_looks_anew(
+    name: str, changes: list[tuple[InstanceId, int]]
+) -> None:
+    """Snapshots, dispatches, departures and returns, in any order."""
+    policy, seen = make_dispatch_policy(name), view({0: (0, 0)})
+    for number, (instance, used) in enumerate(changes):
+        if used > 110 and len(seen.candidates) > 1:
+            seen.remove(instance)
+        elif used > 100:
+            seen.set_state(instance, InstanceState.READY)
+        elif instance in seen.states:
+            seen.see(snapshot(instance, used))
+        chosen = policy.choose(REQUEST, seen)
+        assert chosen == make_dispatch_policy(name).choose(REQUEST, seen)
+        seen.sent(Dispatchable(request_id=f"n{number}", num_prompt_tokens=20, max_tokens=1), chosen)
+
+
 def test_freeness_breaks_a_tie_by_fewer_requests_and_then_by_the_lower_number() -> None:
     assert MaxFreeness().choose(REQUEST, view({3: (10, 0), 5: (10, 0)})) == 3
-    # 10 blocks in use, or 10 blocks on their way: equally free, but 5 has no request in its care.
+    # 10 blocks in use by one, or 10 blocks on their way for one: equally free, but 5 has no request in its care.
     assert MaxFreeness().choose(REQUEST, view({3: (0, 1), 5: (10, 0)})) == 5
 
 
 @given(st.integers(1, 5), st.integers(0, 40), st.integers(0, 200))
 def test_a_burst_between_two_snapshots_spreads_evenly(num_instances: int, num_requests: int, tokens: int) -> None:
     """No instance gets two requests more than another, though no snapshot has shown a single one."""
-    ledger, policy = Ledger(), MaxFreeness()
-    seen = DispatchView(range(num_instances), {i: snapshot(i) for i in range(num_instances)}, ledger)
+    policy, seen = MaxFreeness(), view(dict.fromkeys(range(num_instances), (0, 0)))
     counts = Counter(dict.fromkeys(range(num_instances), 0))
     for number in range(num_requests):
         request = Dispatchable(request_id=f"r{number}", num_prompt_tokens=tokens, max_tokens=1)
         chosen = policy.choose(request, seen)
-        ledger.sent(request, chosen)
+        seen.sent(request, chosen)
         counts[chosen] += 1
     assert max(counts.values()) - min(counts.values()) <= 1
 
@@ -158,7 +181,7 @@ def test_a_burst_between_two_snapshots_spreads_evenly(num_instances: int, num_re
 class LowestNumber:
     """A user's own policy."""
 
-    def choose(self, request: Dispatchable, view: DispatchView) -> InstanceId:
+    def choose(self, request: Dispatchable, view: ClusterView) -> InstanceId:
         return min(view.candidates)
 
 
@@ -167,7 +190,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("my_policies")
     module.LowestNumber = LowestNumber  # type: ignore[attr-defined]
     module.NotAPolicy = object  # type: ignore[attr-defined]
-    module.NeedsArguments = DispatchView  # type: ignore[attr-defined]
+    module.NeedsArguments = ClusterView  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "my_policies", module)
     return module
 

@@ -24,9 +24,8 @@ def facts(request_id: str = "request-0", num_prompt_tokens: int = 16) -> Dispatc
 
 def showing(instance: int, *request_ids: str) -> InstanceSnapshot:
     shown = tuple(RequestSnapshot(request_id=r, phase=Phase.WAITING) for r in request_ids)
-    return InstanceSnapshot(
-        instance=instance, time_s=0.0, num_blocks=10, num_free_blocks=10, block_size=BLOCK_SIZE, max_num_seqs=1,
-        requests=shown,
+    return InstanceSnapshot.of(
+        shown, instance=instance, time_s=0.0, num_blocks=10, num_free_blocks=10, block_size=BLOCK_SIZE, max_num_seqs=1
     )  # fmt: skip
 
 
@@ -50,6 +49,10 @@ def test_a_request_that_moved_is_pending_at_its_destination_and_nowhere_else() -
     ledger.moved("request-0", 2)
     assert [ledger.num_outstanding(i) for i in (1, 2)] == [0, 1]
     assert [ledger.pending_blocks(i, BLOCK_SIZE) for i in (1, 2)] == [0, 2]
+    assert [ledger.num_pending(i) for i in (1, 2)] == [0, 1]
+    assert ledger.instance_of("request-0") == 2
+    assert ledger.facts_of("request-0") == facts()
+    assert ledger.facts_of("another") is None
 
 
 def test_a_request_that_is_sent_again_is_only_where_it_was_sent_last() -> None:

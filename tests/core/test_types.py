@@ -19,9 +19,39 @@ SNAPSHOT = InstanceSnapshot(
 @given(st.lists(st.sampled_from(Phase)))
 def test_a_snapshot_counts_running_and_waiting_requests_and_no_others(phases: list[Phase]) -> None:
     requests = tuple(RequestSnapshot(request_id=f"r{n}", phase=phase) for n, phase in enumerate(phases))
-    snapshot = dataclasses.replace(SNAPSHOT, requests=requests)
+    fields = {
+        name: getattr(SNAPSHOT, name)
+        for name in ("instance", "time_s", "num_blocks", "num_free_blocks", "block_size", "max_num_seqs")
+    }
+    snapshot = InstanceSnapshot.of(requests, **fields)
     assert snapshot.num_running == phases.count(Phase.RUNNING)
     assert snapshot.num_waiting == phases.count(Phase.WAITING)
+
+
+def test_the_aggregates_of_a_snapshot_are_sums_over_its_requests() -> None:
+    def request(phase: Phase, **figures: int) -> RequestSnapshot:
+        return RequestSnapshot(request_id="r", phase=phase, **figures)
+
+    snapshot = InstanceSnapshot.of(
+        [
+            request(Phase.RUNNING, priority=1, prefill_tokens=100),
+            request(Phase.RUNNING, priority=-1),
+            request(Phase.RUNNING, priority=1),
+            request(Phase.WAITING, demand_blocks=4, prefill_tokens=60),
+            request(Phase.WAITING, demand_blocks=3, prefill_tokens=40, priority=-7),
+            request(Phase.FROZEN, num_blocks=5),
+            request(Phase.INCOMING, num_blocks=6, prefill_tokens=5),
+        ],
+        instance=0,
+        time_s=0.0,
+        num_blocks=10,
+        num_free_blocks=2,
+        block_size=16,
+        max_num_seqs=4,
+    )
+    assert (snapshot.head_demand_blocks, snapshot.waiting_demand_blocks) == (4, 7)
+    assert snapshot.prefill_tokens == 200
+    assert snapshot.running_by_priority == ((-1, 1), (1, 2))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from arriero.core.config import MigrationConfig, RebalancingConfig
-from arriero.core.dispatch import DispatchView, MaxFreeness
+from arriero.core.dispatch import ClusterView, MaxFreeness
 from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, MigrationMode
 from arriero.sim.faults import Operation, Pass
 from arriero.sim.fleet import HELD, MIGRATION, WAIT_S, Stream, is_running, prompt, socket_folder
@@ -39,7 +39,7 @@ class Placed:
     def __init__(self) -> None:
         self._otherwise = MaxFreeness()
 
-    def choose(self, request: Dispatchable, view: DispatchView) -> InstanceId:
+    def choose(self, request: Dispatchable, view: ClusterView) -> InstanceId:
         """See :class:`~arriero.core.dispatch.DispatchPolicy`."""
         _, _, place = request.request_id.partition("@")
         if place and int(place) in view.candidates:

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from arriero.core.commands import Command
 from arriero.core.config import RebalancingConfig
 from arriero.core.types import InstanceId
 
@@ -29,13 +30,13 @@ class Rounds:
         self._fleet = fleet
         self.count = 0
         self.held_back = False
-        rebalance = fleet.cluster.scheduler.rebalance
+        tick = fleet.cluster.scheduler.tick
 
-        def counted(now: float) -> list[object]:
+        def counted(now: float) -> list[Command]:
             self.count += 1
-            return [] if self.held_back else rebalance(now)
+            return [] if self.held_back else tick(now)
 
-        monkeypatch.setattr(fleet.cluster.scheduler, "rebalance", counted)
+        monkeypatch.setattr(fleet.cluster.scheduler, "tick", counted)
 
     async def pass_by(self, count: int) -> None:
         """Wait for so many more."""
@@ -77,15 +78,17 @@ async def rest(fleet: Fleet, rounds: Rounds) -> None:
 
 
 async def test_a_steady_balanced_load_stays_where_it_is(fleet: Fleet, rounds: Rounds) -> None:
-    """Of several lengths, with queries that come and go: not one migration is even tried."""
-    before = len(fleet.events("migration"))
-    steady = [fleet.submit(100 + 9 * (i // 3), ENDLESS, at=i % 3, seed=i) for i in range(12)]
+    """With queries that come and go, while freeness sinks past both thresholds: nobody of it is even tried to be moved.
+
+    Each is far larger than what instances drift apart on a busy machine.
+    """
+    steady = [fleet.submit(400 + 9 * (i // 3), ENDLESS, at=i % 3, seed=i) for i in range(6)]
     await fleet.at_least(1, *steady)
     for _ in range(4):
         short = [fleet.submit(30, 10, at=i) for i in range(3)]
         await rounds.pass_by(20)
         await fleet.ended(*short)
-    assert len(fleet.events("migration")) == before
+    assert {s.id for s in steady}.isdisjoint(e["request_id"] for e in fleet.events("migration"))
     fleet.abort(*steady)
 
 
@@ -107,7 +110,7 @@ async def test_a_draining_instance_empties_and_gets_nothing_new(fleet: Fleet, ro
     first, *others = fleet.ready
     streams = [fleet.submit(40, ENDLESS, at=i) for i in fleet.ready for _ in range(3)]
     await fleet.at_least(1, *streams)
-    fleet.cluster.scheduler.instance_draining(first)
+    fleet.cluster.scheduler.instance_draining(first, fleet.cluster.clock())
     try:
         await fleet.until(lambda: first not in on_each(fleet))
         assert {fleet.submit(20, 20).where for _ in range(6)} <= set(others)
@@ -115,7 +118,7 @@ async def test_a_draining_instance_empties_and_gets_nothing_new(fleet: Fleet, ro
         assert on_each(fleet)[first] == 0
         assert fleet.cluster.describe_instances()[first]["freeness"] is None
     finally:
-        fleet.cluster.scheduler.instance_joined(first)
+        fleet.cluster.scheduler.instance_joined(first, fleet.cluster.clock())
     fleet.abort(*streams)
 
 

@@ -33,11 +33,11 @@ async def test_streams_of_a_killed_instance_go_on_whole(engines: Engines) -> Non
     prompts = {name: engines.prompt(200 + 20 * i, offset=50 * i) for i, name in enumerate(REQUESTS)}
     stayed = {name: await engines.run(prompts[name], _params(name)) for name in REQUESTS}
     await engines.forget_prefixes()
-    engines.cluster.scheduler.instance_draining(0)  # all on 1
+    engines.cluster.scheduler.instance_draining(0, engines.cluster.clock())  # all on 1
     tasks = {name: asyncio.create_task(engines.run(prompts[name], _params(name), name=name)) for name in REQUESTS}
     while sum(len(r.tokens) > 20 for r in engines.cluster.requests) < len(REQUESTS):
         await asyncio.sleep(0.01)
-    engines.cluster.scheduler.instance_joined(0)
+    engines.cluster.scheduler.instance_joined(0, engines.cluster.clock())
     moving = asyncio.create_task(engines.cluster.migrate_all("greedy", 0))  # and one is on its way
     await asyncio.sleep(0.01)
     os.killpg(engines.cluster.instances[1].pid, signal.SIGKILL)

@@ -75,7 +75,7 @@ async def _last(stream: Any) -> Any:
 
 async def test_a_waiting_request_moves_without_a_copy(engines: Engines) -> None:
     """Instance 0's batch is full: the request that queues there starts at once on instance 1."""
-    engines.cluster.scheduler.instance_draining(1)  # dispatch everything to 0
+    engines.cluster.scheduler.instance_draining(1, engines.cluster.clock())  # dispatch everything to 0
     try:
         running = [
             asyncio.create_task(engines.run(engines.prompt(60, i), sampling(max_tokens=150), name=f"runs-{i}"))
@@ -87,7 +87,7 @@ async def test_a_waiting_request_moves_without_a_copy(engines: Engines) -> None:
         while (request_id := engines.internal_id("queued")) is None:
             await asyncio.sleep(0.005)
     finally:
-        engines.cluster.scheduler.instance_joined(1)
+        engines.cluster.scheduler.instance_joined(1, engines.cluster.clock())
     await asyncio.sleep(0.3)
     snapshot = engines.cluster.scheduler.snapshot_of(0)
     assert snapshot is not None

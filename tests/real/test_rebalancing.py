@@ -19,13 +19,13 @@ async def test_a_skewed_load_evens_out_and_stays_even(engines: Engines) -> None:
     prompts = [engines.prompt(400, offset=40 * i) for i in range(6)]
     stayed = [await engines.run(p, sampling(max_tokens=200)) for p in prompts]
     await engines.forget_prefixes()
-    engines.cluster.scheduler.instance_draining(1)
+    engines.cluster.scheduler.instance_draining(1, engines.cluster.clock())
     try:
         tasks = [asyncio.create_task(engines.run(p, sampling(max_tokens=200))) for p in prompts]
         while sum(len(r.tokens) > 0 for r in engines.cluster.requests) < 6:
             await asyncio.sleep(0.01)
     finally:
-        engines.cluster.scheduler.instance_joined(1)
+        engines.cluster.scheduler.instance_joined(1, engines.cluster.clock())
     for task, reference in zip(tasks, stayed, strict=True):
         assert (await task).tokens == reference.tokens
     moves = [e for e in engines.cluster.events.recent(1000) if e["event"] == "migration" and e["ok"]]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from arriero.core.config import RebalancingConfig, SchedulerConfig
-from arriero.core.dispatch import DispatchView
+from arriero.core.dispatch import ClusterView
 from arriero.core.errors import ArrieroError, ConfigError
 from arriero.core.types import Dispatchable, MigrationMode
 from arriero.observe.events import EventLog
@@ -257,7 +257,7 @@ def moved(
         record = simulator.records[who]
         source, destination = record.instance, 1 - record.instance
         if simulator.migrations.start(record, destination, mode, "test"):
-            simulator.scheduler.migration_started(who, source, destination)
+            simulator.scheduler.migration_started(who, source, destination, simulator.kernel.now)
 
     for number in range(num_moves):
         simulator.kernel.at(at_s + number, move)
@@ -348,13 +348,13 @@ def test_the_summary_of_a_busy_run_is_complete() -> None:
 class Broken:
     """A user's policy with a mistake."""
 
-    def choose(self, request: Dispatchable, view: DispatchView) -> int:
+    def choose(self, request: Dispatchable, view: ClusterView) -> int:
         raise ZeroDivisionError(request.request_id)
 
 
 def test_a_policy_that_raises_stops_the_run_with_its_inputs() -> None:
     simulator = Simulator(cluster(1, f"{__name__}.Broken", engine=engine()), Workload("one", [Arrival(0.5, 10, 5)]))
-    with pytest.raises(ArrieroError, match=r"Broken raised ZeroDivisionError.*at 0\.5 s.*num_prompt_tokens=10"):
+    with pytest.raises(ArrieroError, match=r"Broken' raised ZeroDivisionError.*at 0\.5 s.*num_prompt_tokens=10"):
         simulator.run()
 
 

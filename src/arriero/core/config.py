@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from arriero.core.errors import ConfigError
@@ -118,7 +118,7 @@ class SchedulerConfig:
     """What the global scheduler does."""
 
     dispatch_policy: str = "freeness"
-    load: LoadConfig = field(default_factory=LoadConfig)
+    load: LoadConfig = LoadConfig()
     rebalancing: RebalancingConfig | None = None  #: None: requests move only on demand
     no_instance_timeout_s: float = 0.0  #: how long a request waits for any instance to be ready; 0: it is rejected
     policy_errors_stop: bool = False  #: a policy that fails raises PolicyError; otherwise the default takes its place

@@ -135,7 +135,7 @@ class GlobalScheduler:
         commands: list[Command] = []
         while self.view.candidates and (head := self._queue.head()) is not None:
             request = head.request
-            instance = self._choose(request, commands)
+            instance = self._choose(request, now, commands)
             self._queue.remove(request.request_id)
             commands.append(
                 Dispatch(
@@ -147,7 +147,7 @@ class GlobalScheduler:
             self.view.sent(request, instance)
         return commands
 
-    def _choose(self, request: Dispatchable, commands: list[Command]) -> InstanceId:
+    def _choose(self, request: Dispatchable, now: float, commands: list[Command]) -> InstanceId:
         view = self.view
         try:
             instance = self._policy.choose(request, view)
@@ -160,7 +160,7 @@ class GlobalScheduler:
         policy = self.config.dispatch_policy
         if self.config.policy_errors_stop:
             raise PolicyError(
-                f"dispatch policy {policy!r} {error} for {request}, with the snapshots {view.snapshots}"
+                f"dispatch policy {policy!r} {error} at {now} s for {request}, with the snapshots {view.snapshots}"
             ) from cause
         commands.append(PolicyFailed(policy=policy, error=error))
         return self._fallback.choose(request, view)

@@ -257,7 +257,7 @@ class Cluster:
                     self.metrics.policy_failures.labels(policy).inc()
                     if policy not in self._failed_policies:
                         self._failed_policies.add(policy)
-                        logger.error("policy %s %s; the freest instance is taken instead (said once)", policy, error)
+                        logger.warning("policy %s %s; the freest instance is taken instead (said once)", policy, error)
                 case Launch() | Drain() | Stop():
                     self.events.emit("advice", command=type(command).__name__.lower(), detail=str(command))
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from arriero.core.commands import Command
 from arriero.core.config import CopyConfig, MigrationConfig, RebalancingConfig, SchedulerConfig
 from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, InstanceState, MigrationMode, RequestId
 from arriero.frontend.cluster import Cluster
@@ -151,9 +152,9 @@ class Fleet:
     def _watch_snapshots(self) -> None:
         schedule = self.cluster.scheduler.snapshot
 
-        def watched(snapshot: InstanceSnapshot) -> None:
+        def watched(snapshot: InstanceSnapshot, now: float) -> list[Command]:
             self.snapshots.append(snapshot)
-            schedule(snapshot)
+            return schedule(snapshot, now)
 
         self.cluster.scheduler.snapshot = watched  # type: ignore[method-assign]
 

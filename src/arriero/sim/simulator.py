@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from arriero.core.commands import Command, Dispatch, Move, Reject
@@ -32,13 +32,11 @@ BLIND = frozenset({"round_robin", "least_outstanding"})
 def scheduler_config(policy: str, seed: int = 0) -> SchedulerConfig:
     """What ``--policy`` means: a dispatch policy, or ``arriero``: freeness with rebalancing. Raises ConfigError."""
     if policy == "arriero":
-        return SchedulerConfig(
-            dispatch_policy="freeness", rebalancing=RebalancingConfig(), policy_errors_stop=True, seed=seed
-        )
+        return SchedulerConfig(dispatch_policy="freeness", rebalancing=RebalancingConfig(), seed=seed)
     if policy not in DISPATCH_POLICIES and "." not in policy:
         known = ", ".join([*DISPATCH_POLICIES, "arriero"])
         raise ConfigError(f"policy {policy!r} is unknown: use one of {known} or the dotted path of your own class")
-    return SchedulerConfig(dispatch_policy=policy, policy_errors_stop=True, seed=seed)
+    return SchedulerConfig(dispatch_policy=policy, seed=seed)
 
 
 def engine_config(profile: Profile, **facts: Any) -> SimEngineConfig:
@@ -116,7 +114,7 @@ class Simulator:
     ) -> None:
         self.config = config
         self.kernel = Kernel()
-        self.scheduler = GlobalScheduler(config.scheduler)
+        self.scheduler = GlobalScheduler(replace(config.scheduler, policy_errors_stop=True))
         self.records: dict[RequestId, Record] = {}
         self.moves: list[MoveReport] = []
         self.samples: list[Sample] = []

@@ -10,9 +10,11 @@ from arriero.core.dispatch.max_freeness import MaxFreeness
 from arriero.core.dispatch.port import DispatchPolicy
 from arriero.core.dispatch.round_robin import RoundRobin
 from arriero.core.errors import ConfigError
+from arriero.core.view import ClusterView
 
 __all__ = [
     "DISPATCH_POLICIES",
+    "ClusterView",
     "DispatchPolicy",
     "LeastOutstanding",
     "MaxFreeness",
