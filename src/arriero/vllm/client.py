@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -38,6 +39,8 @@ class ClusterClient(AsyncMPClient):
         for instance in cluster.instances:
             self._apply_ready_response(instance.ready_payload)
         cluster.deliver = self._deliver
+        self.forget: Callable[[list[str]], Any] = lambda request_ids: None
+        """Told of requests that found no instance: vLLM's output processor has taken them before it asks here."""
 
     # ------------------------------------------------------------------ requests
 
@@ -46,6 +49,7 @@ class ClusterClient(AsyncMPClient):
         try:
             self.cluster.submit(request, facts_of(request), request.external_req_id or request.request_id)
         except UnavailableError as error:
+            self.forget([request.request_id])
             raise GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from error
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:

@@ -229,7 +229,7 @@ def make_async_llm(vllm_config: Any, cluster: Cluster, args: argparse.Namespace)
         lambda *, vllm_config, **_: ClusterClient(vllm_config, cluster)
     )
     try:
-        return AsyncLLM.from_vllm_config(
+        llm = AsyncLLM.from_vllm_config(
             vllm_config=vllm_config,
             usage_context=UsageContext.OPENAI_API_SERVER,
             enable_log_requests=args.enable_log_requests,
@@ -238,6 +238,8 @@ def make_async_llm(vllm_config: Any, cluster: Cluster, args: argparse.Namespace)
         )
     finally:
         EngineCoreClient.make_async_mp_client = original
+    llm.engine_core.forget = partial(llm.output_processor.abort_requests, internal=True)
+    return llm
 
 
 # ---------------------------------------------------------------------- serving

@@ -1,0 +1,63 @@
+"""vLLM's engine client over a cluster."""
+
+from __future__ import annotations
+
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+
+import pytest
+
+from arriero.core.errors import UnavailableError
+
+pytest.importorskip("vllm")
+
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+
+from arriero.vllm.client import ClusterClient
+from arriero.vllm.compat import GracefulHTTPError
+
+
+class NoInstances:
+    """A cluster in which nothing is ready."""
+
+    def __init__(self) -> None:
+        self.links, self.instances = self, self
+        self.client_index = 0
+
+    def __iter__(self) -> Any:
+        return iter(())
+
+    def ready_ids(self) -> list[int]:
+        return []
+
+    def submit(self, *_: Any) -> None:
+        raise UnavailableError("no instance is ready")
+
+
+@pytest.mark.asyncio
+async def test_a_request_that_finds_no_instance_gets_503_and_is_forgotten_by_the_output_processor() -> None:
+    """Else it would count as unfinished, against the queue's limit, for as long as the server lives."""
+    processor = OutputProcessor(tokenizer=None, log_stats=False)
+    client = ClusterClient(None, NoInstances())  # type: ignore[arg-type]
+    client.forget = partial(processor.abort_requests, internal=True)
+    request = EngineCoreRequest(
+        request_id="r",
+        prompt_token_ids=[1, 2],
+        mm_features=None,
+        sampling_params=SamplingParams(),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    request.external_req_id = "r"
+    queue = RequestOutputCollector(RequestOutputKind.CUMULATIVE, "r")
+    processor.add_request(request, None, None, 0, queue)
+    with pytest.raises(GracefulHTTPError, match="no instance is ready") as raised:
+        await client.add_request_async(request)
+    assert raised.value.http_status == HTTPStatus.SERVICE_UNAVAILABLE
+    assert not processor.has_unfinished_requests()
