@@ -76,6 +76,12 @@ def test_malformed_hash_ids(tmp_path: Path, ids: str) -> None:
         read_trace(path)
 
 
+def test_more_hash_ids_than_the_prompt_has_blocks(tmp_path: Path) -> None:
+    path = write(tmp_path, f"{HEADER},hash_ids", "1,513,1,0-1", "2,512,1,0 7")
+    with pytest.raises(ConfigError, match="line 3: hash_ids='0 7' is invalid: it must be at most 1 ids, since prompt_t"):
+        read_trace(path)
+
+
 def test_a_missing_field_a_missing_file_and_no_text_at_all(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="line 1: no field 'output_tokens' in the header 'arrival_s,prompt_tokens'"):
         read_trace(write(tmp_path, "arrival_s,prompt_tokens", "1,1"))

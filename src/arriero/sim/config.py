@@ -30,6 +30,7 @@ class SimEngineConfig:
     priority_scheduling: bool = False  #: lower number sooner; otherwise first come, first served
     admit_whole_prompt: bool = True  #: a request waits until its whole prompt fits, not just the first chunk
     async_scheduling: bool = False  #: the process handles its input while a step runs, not between steps
+    prefix_caching: bool = False  #: for the simulator: full blocks of equal prefixes are computed once
     eos_probability: float = 0.0  #: of each token, unless the request ignores the end
     eos_token_id: int = 2
     step_time: StepTimeModel = field(default_factory=StepTimeModel)

@@ -15,6 +15,7 @@ from operator import attrgetter
 from arriero.core.errors import ConflictError
 from arriero.core.types import InstanceId, Phase, RequestId
 from arriero.sim.config import SimEngineConfig
+from arriero.sim.prefix_cache import PrefixCache, Share
 
 _PLACE = attrgetter("place")
 _ENTRY = attrgetter("entry_number")
@@ -39,6 +40,7 @@ class FastSequence:
     entry_number: int = 0
     awaited: bool = True  #: the simulator wants to hear of its next token
     left_s: float = -1.0  #: its last token here, if it was decoding when a migration froze it
+    share: Share | None = None  #: of the prefix cache, where there is one
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +66,9 @@ class FastEngine:
         self.num_free = config.num_blocks
         self.num_steps = 0
         self.num_preemptions = 0
+        self.num_looked_up = 0  #: tokens of admitted requests that were looked for in the prefix cache
+        self.num_hit = 0  #: those of them that were there
+        self.cache = PrefixCache(config.num_blocks) if config.prefix_caching else None
         self.slow_down = 1.0  #: factor on the time of steps that begin
         self.live: dict[RequestId, FastSequence] = {}
         self.frozen: dict[RequestId, FastSequence] = {}
@@ -89,6 +94,8 @@ class FastEngine:
                 f"{sequence.num_prompt} + {sequence.num_wanted} tokens are too many or too few: "
                 f"prompt and output are 1 or more each, and at most {longest} together"
             )
+        if self.cache is not None and sequence.share is None:
+            sequence.share = Share(())
         self.live[sequence.request_id] = sequence
         self.enqueue(sequence)
 
@@ -125,7 +132,11 @@ class FastEngine:
 
     def free(self, sequence: FastSequence) -> None:
         """Take back its blocks."""
-        self.num_free += sequence.num_blocks
+        if self.cache is None:
+            self.num_free += sequence.num_blocks
+        else:
+            assert sequence.share is not None
+            self.num_free += self.cache.let_go(sequence.share, sequence.num_blocks)
         sequence.num_blocks = 0
 
     def allocate(self, sequence: FastSequence, num_tokens: int) -> None:
@@ -136,6 +147,14 @@ class FastEngine:
         if missing > 0:
             self.num_free -= missing
             sequence.num_blocks += missing
+            if self.cache is not None:
+                self.cache.take(missing)
+
+    def note_computed(self, sequence: FastSequence, num_tokens: int) -> None:
+        """Its first ``num_tokens`` tokens are computed, or will be with the planned step: others may hit them."""
+        if self.cache is not None:
+            assert sequence.share is not None
+            self.cache.computed(sequence.share, num_tokens // self.block_size)
 
     def drop(self, request_id: RequestId) -> bool:
         """Forget a live request and free its blocks. Returns whether it was here. Not while a step is in flight."""
@@ -239,6 +258,8 @@ class FastEngine:
             if num_steps > 1 and (missing := -(-computed // size) - sequence.num_blocks) > 0:
                 self.num_free -= missing
                 sequence.num_blocks += missing
+                if self.cache is not None:
+                    self.cache.take(missing)
             if sequence.awaited:
                 sequence.awaited = False
                 heard.append(sequence)
@@ -266,7 +287,7 @@ class FastEngine:
 
     def _continue_running(self) -> list[tuple[FastSequence, int]]:
         chunks: list[tuple[FastSequence, int]] = []
-        budget, size = self.config.max_num_batched_tokens, self.block_size
+        budget, size, cache = self.config.max_num_batched_tokens, self.block_size, self.cache
         for sequence in self.running[:]:
             if budget == 0:
                 break
@@ -285,6 +306,10 @@ class FastEngine:
                         break
                 self.num_free -= missing
                 sequence.num_blocks += missing
+                if cache is not None:
+                    cache.take(missing)
+            if cache is not None and sequence.num_computed < sequence.num_prompt:
+                self.note_computed(sequence, sequence.num_computed + num_tokens)
             chunks.append((sequence, num_tokens))
             budget -= num_tokens
         return chunks
@@ -302,6 +327,10 @@ class FastEngine:
 
     def _preempt(self, victim: FastSequence) -> None:
         self.running.remove(victim)
+        if victim.share is not None:
+            num_blocks = victim.num_computed // self.block_size
+            victim.share.make_private(victim.request_id, num_blocks)
+            self.note_computed(victim, victim.num_computed)
         self.free(victim)
         victim.num_computed = 0
         victim.num_preemptions += 1
@@ -316,15 +345,34 @@ class FastEngine:
         while self.waiting and budget > 0 and len(self.running) < max_running:
             sequence = self.waiting[0]
             wanted = sequence.num_prompt + sequence.num_output
-            num_tokens = min(wanted, budget)
-            if self._prefill_first and num_tokens < wanted:
+            found, num_found, num_revived = self._look_up(sequence, wanted)
+            computed = num_found * size
+            num_tokens = min(wanted - computed, budget)
+            if self._prefill_first and num_tokens < wanted - computed:
                 if chunks:
                     return
-                num_tokens = wanted
-            if -(-(wanted if whole else num_tokens) // size) > self.num_free:
+                num_tokens = wanted - computed
+            num_blocks = -(-(wanted if whole else computed + num_tokens) // size)
+            if num_blocks - num_found + num_revived > self.num_free:
                 return
-            self.allocate(sequence, num_tokens)
+            if num_found:
+                assert self.cache is not None
+                assert sequence.share is not None
+                self.num_free -= self.cache.hold(sequence.share, found)
+                sequence.num_blocks, sequence.num_computed = num_found, computed
+                self.num_hit += computed
+            self.num_looked_up += wanted
+            self.allocate(sequence, computed + num_tokens)
+            self.note_computed(sequence, computed + num_tokens)
             del self.waiting[0]
             self.run(sequence)
             chunks.append((sequence, num_tokens))
             budget -= num_tokens
+
+    def _look_up(self, sequence: FastSequence, num_tokens: int) -> tuple[list[int], int, int]:
+        """The hit in the prefix cache: blocks by segment, their sum, and how many of them are free now."""
+        if self.cache is None:
+            return [], 0, 0
+        assert sequence.share is not None
+        found, num_revived = self.cache.find(sequence.share.segments, (num_tokens - 1) // self.block_size)
+        return found, sum(found), num_revived

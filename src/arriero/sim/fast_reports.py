@@ -58,6 +58,10 @@ def _describe(sequence: FastSequence, block_size: int) -> RequestSnapshot:
     )
 
 
+def _num_shared(sequence: FastSequence) -> int:
+    return sequence.share.num_blocks if sequence.share is not None else 0
+
+
 def num_used_blocks(engine: FastEngine, num_steps: int) -> int:
     """Blocks in use while step ``num_steps`` (from 1) of the segment runs; 0: between two segments."""
     used = engine.config.num_blocks - engine.num_free
@@ -77,7 +81,10 @@ def check_integrity(engine: FastEngine) -> None:
     listed = [*engine.running, *engine.waiting, *engine.frozen.values()]
     if len(listed) != len(engine.live) or {s.request_id for s in listed} != engine.live.keys():
         raise ProtocolError(f"requests are lost or listed twice: {[s.request_id for s in listed]}")
-    held = sum(s.num_blocks for s in [*listed, *engine.reserved.values()])
+    held = sum(s.num_blocks - _num_shared(s) for s in [*listed, *engine.reserved.values()])
+    if engine.cache is not None:
+        engine.cache.check_integrity(engine.num_free)
+        held += engine.cache.num_held
     if held + engine.num_free != engine.config.num_blocks or engine.num_free < 0:
         raise ProtocolError(
             f"blocks are lost or shared: {held} held, {engine.num_free} free of {engine.config.num_blocks}"

@@ -14,6 +14,7 @@ from arriero.core.pace import StepPace
 from arriero.core.types import InstanceId, MigrationId, MigrationMode, RequestId
 from arriero.sim.fast_engine import FastSequence
 from arriero.sim.kernel import Kernel
+from arriero.sim.prefix_cache import Share
 from arriero.sim.records import Record, TokenLog
 from arriero.sim.virtual_instance import VirtualInstance
 
@@ -95,6 +96,7 @@ class VirtualMigrations:
         arriving = FastSequence(
             record.request_id, origin.num_prompt, origin.num_wanted, origin.priority, origin.arrival_s
         )
+        arriving.share = Share(origin.share.segments) if origin.share is not None else None
         report = MoveReport(
             migration_id=machine.migration_id,
             request_id=record.request_id,

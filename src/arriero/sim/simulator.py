@@ -20,6 +20,7 @@ from arriero.sim.fast_reports import check_integrity, head_demand
 from arriero.sim.kernel import Kernel
 from arriero.sim.moves import MoveReport, VirtualMigrations
 from arriero.sim.network import Network, NetworkConfig
+from arriero.sim.prefix_cache import Share, prompt_segments
 from arriero.sim.profiles import Profile
 from arriero.sim.records import Record
 from arriero.sim.virtual_instance import InstanceHooks, VirtualInstance
@@ -223,9 +224,18 @@ class Simulator:
         self._emit("dispatch", request=record.request_id, instance=instance)
         self.instances[instance].add(
             FastSequence(
-                record.request_id, arrival.prompt_tokens, arrival.output_tokens, arrival.priority, arrival.arrival_s
+                record.request_id,
+                arrival.prompt_tokens,
+                arrival.output_tokens,
+                arrival.priority,
+                arrival.arrival_s,
+                share=self._share(arrival),
             )
         )
+
+    def _share(self, arrival: Arrival) -> Share | None:
+        engine = self.config.engine
+        return Share(prompt_segments(arrival, engine.block_size)) if engine.prefix_caching else None
 
     def _move(self, move: Move) -> None:
         record, now = self.records[move.request_id], self.kernel.now

@@ -33,6 +33,10 @@ class SimSpec:
     def __post_init__(self) -> None:
         if not self.engine.with_contents:
             raise ConfigError("with_contents=False is for the simulator: an instance needs blocks that can be copied")
+        if self.engine.prefix_caching:
+            raise ConfigError(
+                "prefix_caching=True is for the simulator: the engine of an instance computes every prompt"
+            )
 
     @classmethod
     def from_json(cls, data: bytes) -> SimSpec:

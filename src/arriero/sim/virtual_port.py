@@ -167,6 +167,7 @@ class VirtualPort:
         sequence.num_computed = num_computed_tokens
         engine.live[request_id] = engine.reserved.pop(request_id)
         if num_computed_tokens:
+            engine.note_computed(sequence, num_computed_tokens)
             engine.run(sequence)
         else:
             engine.free(sequence)

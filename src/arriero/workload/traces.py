@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from arriero.core.errors import ConfigError
-from arriero.workload.workload import Arrival, Workload
+from arriero.workload.workload import PREFIX_BLOCK_TOKENS, Arrival, Workload
 
 T = TypeVar("T")
 
@@ -48,14 +48,20 @@ def _parse(path: Path, lines: Iterable[str], limit: int | None) -> Iterator[Arri
             raise ConfigError(
                 f"trace {path}, line {rows.line_num}: {len(row)} fields, but the header has {len(header)}: {row!r}"
             )
-        fields = _Fields(path, rows.line_num, dict(zip(header, row, strict=True)))
-        yield Arrival(
+        values = dict(zip(header, row, strict=True))
+        fields = _Fields(path, rows.line_num, values)
+        arrival = Arrival(
             fields.take("arrival_s", _seconds, "seconds, 0 or more"),
             fields.take("prompt_tokens", _tokens, "a whole number of tokens, 1 or more"),
             fields.take("output_tokens", _tokens, "a whole number of tokens, 1 or more"),
             fields.take("priority", int, "a whole number", "0"),
             fields.take("hash_ids", _runs, "block ids or runs of them, like '0 14-27'", ""),
         )
+        longest = -(-arrival.prompt_tokens // PREFIX_BLOCK_TOKENS)
+        if arrival.num_prefix_ids > longest:
+            want = f"at most {longest} ids, since prompt_tokens={arrival.prompt_tokens}"
+            _reject(path, rows.line_num, "hash_ids", values["hash_ids"], want)
+        yield arrival
 
 
 class _Fields:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,9 @@ import numpy as np
 from arriero.core.errors import ConfigError
 from arriero.workload.arrivals import gamma_arrivals
 from arriero.workload.lengths import LENGTHS
+
+PREFIX_BLOCK_TOKENS = 512
+"""Prompt tokens that a trace's hash id stands for; the last one of a prompt may stand for fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +23,18 @@ class Arrival:
     prompt_tokens: int
     output_tokens: int
     priority: int = 0  #: vLLM's sign: lower number = sooner
-    prefix_blocks: tuple[tuple[int, int], ...] = ()  #: inclusive runs of prefix block ids, 512 tokens each
+    prefix_blocks: tuple[tuple[int, int], ...] = ()  #: inclusive runs of prefix block ids, PREFIX_BLOCK_TOKENS each
+    max_tokens: int = 0  #: what the client allowed; 0: not known
+
+    def prefix_ids(self) -> Iterator[int]:
+        """Each id, from the first token on."""
+        for first, last in self.prefix_blocks:
+            yield from range(first, last + 1)
+
+    @property
+    def num_prefix_ids(self) -> int:
+        """How many :meth:`prefix_ids` gives."""
+        return sum(last - first + 1 for first, last in self.prefix_blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +43,11 @@ class Workload:
 
     name: str
     arrivals: Sequence[Arrival]
+
+    @property
+    def has_prefixes(self) -> bool:
+        """Whether it says which prompts begin alike."""
+        return any(a.prefix_blocks for a in self.arrivals)
 
     @property
     def rate(self) -> float:
