@@ -47,9 +47,10 @@ def test_the_file_has_every_event_as_a_line_at_once_though_memory_forgets(tmp_pa
     events = log(path, keep=2)
     for number in range(5):
         events.emit("tick", number=number)
-        assert len(path.read_text().splitlines()) == number + 1
+        assert len(path.read_text().splitlines()) == 1 + number + 1
     assert len(events.recent(10)) == 2
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert header == {"format": "arriero-events/1"}
     assert [(e["seq"], e["number"]) for e in lines] == [(n + 1, n) for n in range(5)]
     events.close()
 
@@ -60,7 +61,8 @@ def test_an_earlier_log_is_continued_not_overwritten(tmp_path: Path) -> None:
         events = log(path)
         events.emit("start")
         events.close()
-    assert len(path.read_text().splitlines()) == 2
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert ["format" in line for line in lines] == [True, False, True, False]
 
 
 def test_after_close_events_go_to_memory_only(tmp_path: Path) -> None:
@@ -69,7 +71,7 @@ def test_after_close_events_go_to_memory_only(tmp_path: Path) -> None:
     events.close()
     events.close()
     events.emit("late")
-    assert path.read_text() == ""
+    assert path.read_text() == '{"format": "arriero-events/1"}\n'
     assert [e["event"] for e in events.recent(10)] == ["late"]
 
 

@@ -42,7 +42,7 @@ def test_json_and_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert first["num_requests"] == 60
     assert set(first["by_priority"]) == {"-1", "0"}
     events = log.read_bytes()
-    assert sum(json.loads(line)["event"] == "finish" for line in events.splitlines()) == 60
+    assert sum(json.loads(line)["event"] == "finish" for line in events.splitlines()[1:]) == 60
     assert simulate(*arguments) == 0
     again = json.loads(capsys.readouterr().out)["policies"]["freeness"]
     assert {k: v for k, v in first.items() if k != "cpu_s"} == {k: v for k, v in again.items() if k != "cpu_s"}
@@ -57,6 +57,45 @@ def test_several_policies_have_a_log_each(tmp_path: Path, capsys: pytest.Capture
     assert "5 requests" in capsys.readouterr().out
 
 
+def test_a_log_is_simulated_again_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The log of a run, taken as a workload, gives that log again."""
+    logs = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
+    arguments = ["--policy", "freeness", "--instances", "3", "--json"]
+    workload = ["--workload", "S-S", "--rate", "20", "--num-requests", "80", "--high-priority", "0.2"]
+    assert simulate(*workload, *arguments, "--events", str(logs[0])) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert simulate(str(logs[0]), *arguments, "--events", str(logs[1])) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["workload"] == "first"
+    for name in ("ttft_s", "tpot_s", "e2e_s"):
+        assert again["policies"]["freeness"][name] == pytest.approx(first["policies"]["freeness"][name], rel=1e-9)
+    assert len(logs[0].read_bytes().splitlines()) == len(logs[1].read_bytes().splitlines())
+
+
+@pytest.mark.parametrize("suffix", ["png", "html"])
+def test_a_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str) -> None:
+    path = tmp_path / f"picture.{suffix}"
+    arguments = ["--workload", "M-M", "--rate", "9", "--num-requests", "200", "--instances", "3", "--kv-tokens", "8000"]
+    assert simulate(*arguments, "--policy", "round_robin,arriero", "--plot", str(path)) == 0
+    assert "round_robin" in capsys.readouterr().out
+    written = path.read_bytes()
+    assert written.startswith(b"\x89PNG" if suffix == "png" else b"<!doctype html>")
+    assert len(written) > 20_000
+    assert b"http" not in written[:1000]
+
+
+@pytest.mark.parametrize("trace", [AZURE, str(files("arriero") / "data" / "mooncake_conversation_200.csv")])
+def test_prefixes_are_cached_where_a_trace_has_them(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    hits = []
+    for flag in ([], ["--no-prefix-caching"], ["--prefix-caching"]):
+        assert simulate(trace, "--instances", "4", "--profile", "llama2-7b_a100", "--json", *flag) == 0
+        hits.append(json.loads(capsys.readouterr().out)["policies"]["arriero"]["prefix_hit"])
+    has_prefixes = "mooncake" in trace
+    assert hits[1] is None
+    assert (hits[0] is not None) is has_prefixes
+    assert (hits[2] > 0.01) is has_prefixes
+
+
 def test_the_profiles_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert simulate("--profile", "list") == 0
     assert "llama-7b_a10" in capsys.readouterr().out.split()
@@ -66,6 +105,11 @@ def test_the_profiles_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         ([], "give either a trace or --workload"),
+        ([AZURE, "--cv", "2"], "--cv 2.0 is for --workload"),
+        ([AZURE, "--high-priority", "0.1"], "--high-priority 0.1 is for --workload"),
+        ([AZURE, "--plot", "a.svg"], "--plot a.svg: the name must end with .png or .html"),
+        ([AZURE, "--plot", "/no/such/a.png"], "there is no folder /no/such"),
+        ([AZURE, "--profile", "none.json"], "profile none.json cannot be read"),
         ([AZURE, "--workload", "S-S"], "give either a trace or --workload"),
         ([AZURE, "--rate", "2"], "--rate 2.0 is for --workload"),
         (["--workload", "S-S"], "needs --rate"),

@@ -78,7 +78,7 @@ def test_malformed_hash_ids(tmp_path: Path, ids: str) -> None:
 
 def test_more_hash_ids_than_the_prompt_has_blocks(tmp_path: Path) -> None:
     path = write(tmp_path, f"{HEADER},hash_ids", "1,513,1,0-1", "2,512,1,0 7")
-    with pytest.raises(ConfigError, match="line 3: hash_ids='0 7' is invalid: it must be at most 1 ids, since prompt_t"):
+    with pytest.raises(ConfigError, match="line 3: hash_ids='0 7' is invalid: it must be at most 1 ids"):
         read_trace(path)
 
 

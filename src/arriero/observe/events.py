@@ -1,7 +1,11 @@
 """One event schema for production, the simulator and the dashboard: what happened, and when.
 
 Events are flat dicts with ``time_s`` (the emitter's monotonic clock) and ``event``; the log keeps the
-last ones in memory and may append each as a JSON line to a file.
+last ones in memory and may append each as a JSON line to a file, after a line with the format's version, one each
+time that the file is opened: `time_s` starts anew there.
+
+A `dispatch` event says what was known of the request (`arrival_s`, `prompt_tokens`, `max_tokens`, `priority`), a
+`finish` event what came of it (`how`, `num_output_tokens`): `arriero simulate` takes such a log as a workload.
 """
 
 from __future__ import annotations
@@ -12,6 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+FORMAT = "arriero-events/1"
+"""Raised when a field of an event changes its meaning or goes."""
+
 
 class EventLog:
     """Bounded in memory, optionally whole in a file."""
@@ -21,6 +28,8 @@ class EventLog:
         self._events: deque[dict[str, Any]] = deque(maxlen=keep)
         self._file = path.open("a", encoding="utf-8") if path is not None else None
         self._num_events = 0
+        if self._file is not None:
+            self._write({"format": FORMAT})
 
     def emit(self, event: str, **fields: Any) -> None:
         """Record ``event`` now."""
@@ -28,8 +37,12 @@ class EventLog:
         record = {"seq": self._num_events, "time_s": self._clock(), "event": event, **fields}
         self._events.append(record)
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            self._write(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
 
     def recent(self, limit: int, after: int = 0) -> list[dict[str, Any]]:
         """The last ``limit`` events with a sequence number above ``after``, oldest first."""

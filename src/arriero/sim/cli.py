@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from arriero.core.dispatch import DISPATCH_POLICIES
 from arriero.core.errors import ArrieroError, ConfigError
 from arriero.observe.events import EventLog
-from arriero.sim.network import NetworkConfig
-from arriero.sim.profiles import PAPER, load_profile, profile_names
+from arriero.sim.options import (
+    add_cluster_options,
+    add_workload_options,
+    class_at,
+    cluster_config,
+    policies_of,
+    read_requests,
+    require_one_source,
+)
+from arriero.sim.plots import check_plot_file, plot_results
+from arriero.sim.profiles import profile_names
+from arriero.sim.progress import progress_bar
 from arriero.sim.report import summarize
-from arriero.sim.simulator import Simulator, SimulatorConfig, engine_config, scheduler_config
-from arriero.workload.traces import read_trace
-from arriero.workload.workload import CLASSES, Workload, make_workload
-
-_LONG = 20_000  # requests in all from which a progress bar is shown
+from arriero.sim.simulator import SimulationResult, Simulator, SimulatorConfig
+from arriero.workload.workload import Workload
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -35,26 +39,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "simulate", help="run a workload or a trace through the scheduler in virtual time"
     )
-    parser.add_argument("trace", nargs="?", type=Path, help="CSV with arrival_s,prompt_tokens,output_tokens")
-    parser.add_argument("--workload", choices=list(CLASSES), help="instead of a trace: a class of lengths")
+    add_workload_options(parser)
     parser.add_argument("--rate", type=float, help="requests a second of the workload")
-    parser.add_argument("--cv", type=float, default=1.0, help="variation of its gaps; 1 is Poisson (default: 1)")
-    parser.add_argument("--high-priority", type=float, default=0.0, metavar="SHARE", help="share at priority -1")
-    parser.add_argument("--num-requests", type=int, help="requests of the workload (default: 10000) or of the trace")
     parser.add_argument("--instances", type=int, default=16, help="number of instances (default: 16)")
-    known = ", ".join([*DISPATCH_POLICIES, "arriero"])
-    parser.add_argument("--policy", default="arriero", help=f"one or more of {known}, separated by commas")
-    parser.add_argument(
-        "--profile", default=PAPER, help=f"model and device, or a file NAME.json (default: {PAPER}; 'list' shows all)"
-    )
-    parser.add_argument("--host-ms", type=float, help="time of a step outside the model (default: the profile's)")
-    parser.add_argument("--kv-tokens", type=int, help="KV memory of an instance (default: the profile's)")
-    parser.add_argument("--max-num-seqs", type=int, default=256)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
-    parser.add_argument("--prefill-first", action="store_true", help="whole prompts in steps of their own: vLLM v0")
-    parser.add_argument("--seed", type=int, default=0)
+    add_cluster_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--events", type=Path, metavar="FILE", help="write the event log; FILE.POLICY for several")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a picture: FILE.png or FILE.html")
     parser.set_defaults(run=run)
     return parser
 
@@ -65,13 +56,23 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(profile_names()))
         return 0
     try:
-        policies = [p.strip() for p in args.policy.split(",")]
-        workload, summaries = _workload(args), {}
-        configs = {policy: _config(args, policy) for policy in policies}
-        with _progress(len(policies) * len(workload.arrivals), shown=not args.json) as advance:
+        if args.plot is not None:
+            check_plot_file(args.plot)
+        policies, workload = policies_of(args), _workload(args)
+        # The pictures need samples even of a run of seconds; a run of hours is sampled once a second.
+        span_s = workload.arrivals[-1].arrival_s if workload.arrivals else 0.0
+        sample_s = min(1.0, span_s / 200) or 1.0
+        configs = {p: cluster_config(args, p, workload, args.instances, sample_s=sample_s) for p in policies}
+        results, summaries = {}, {}
+        with progress_bar("simulating", len(policies) * len(workload.arrivals), shown=not args.json) as advance:
             for number, (policy, config) in enumerate(configs.items()):
                 base = number * len(workload.arrivals)
-                summaries[policy] = _simulate(args, policy, config, workload, partial(_ahead, advance, base))
+                result, cpu_s = _simulate(args, policy, config, workload, partial(_ahead, advance, base))
+                summaries[policy] = {**summarize(result), "cpu_s": cpu_s}
+                if args.plot is not None:
+                    results[policy] = result
+        if args.plot is not None:
+            plot_results(args.plot, _title(args, workload), results)
     except ConfigError as error:
         sys.stderr.write(f"arriero simulate: {error}\n")
         return 2
@@ -86,38 +87,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _workload(args: argparse.Namespace) -> Workload:
-    if (args.trace is None) == (args.workload is None):
-        raise ConfigError("give either a trace or --workload CLASS --rate R")
+    require_one_source(args)
     if args.trace is not None:
         if args.rate is not None:
             raise ConfigError(f"--rate {args.rate} is for --workload: a trace has its own arrival times")
-        return read_trace(args.trace, args.num_requests)
+        return read_requests(args.trace, args.num_requests)
     if args.rate is None:
         raise ConfigError(f"--workload {args.workload} needs --rate, in requests a second")
-    num_requests = 10_000 if args.num_requests is None else args.num_requests
-    priorities = {-1: args.high_priority} if args.high_priority else None
-    return make_workload(
-        args.workload, num_requests=num_requests, rate=args.rate, cv=args.cv, priorities=priorities, seed=args.seed
-    )
+    return class_at(args, args.rate)
 
 
-def _config(args: argparse.Namespace, policy: str) -> SimulatorConfig:
-    profile = load_profile(args.profile, args.host_ms)
-    facts: dict[str, Any] = {
-        "max_num_seqs": args.max_num_seqs,
-        "max_num_batched_tokens": args.max_num_batched_tokens,
-        "priority_scheduling": bool(args.high_priority),
-    }
-    if args.kv_tokens is not None:
-        facts["num_blocks"] = args.kv_tokens // profile.block_size
-    return SimulatorConfig(
-        engine=engine_config(profile, **facts),
-        num_instances=args.instances,
-        scheduler=scheduler_config(policy, args.seed),
-        network=profile.network or NetworkConfig(),
-        prefill_first=args.prefill_first,
-        sample_s=1.0,
-    )
+def _title(args: argparse.Namespace, workload: Workload) -> str:
+    profile = Path(args.profile).stem if args.profile.endswith(".json") else args.profile
+    return f"{_headline(workload)}, on {args.instances} x {profile}"
+
+
+def _headline(workload: Workload) -> str:
+    return f"{workload.name}: {len(workload.arrivals)} requests, {workload.rate:.3g} a second"
 
 
 def _simulate(
@@ -126,12 +112,13 @@ def _simulate(
     config: SimulatorConfig,
     workload: Workload,
     on_progress: Callable[[int], None],
-) -> dict[str, Any]:
+) -> tuple[SimulationResult, float]:
     started = time.process_time()
     logs: list[EventLog] = []
 
     def make_events(clock: Callable[[], float]) -> EventLog:
-        path: Path = args.events if "," not in args.policy else args.events.with_name(f"{args.events.name}.{policy}")
+        several = len(policies_of(args)) > 1
+        path: Path = args.events.with_name(f"{args.events.name}.{policy}") if several else args.events
         path.unlink(missing_ok=True)
         logs.append(EventLog(clock, path, keep=1))
         return logs[0]
@@ -145,21 +132,11 @@ def _simulate(
         for log in logs:
             log.close()
     simulator.check_integrity()
-    return {**summarize(result), "cpu_s": time.process_time() - started}
+    return result, time.process_time() - started
 
 
 def _ahead(advance: Callable[[int], None], base: int, num_ended: int) -> None:
     advance(base + num_ended)
-
-
-@contextlib.contextmanager
-def _progress(num_requests: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    if not shown or num_requests < _LONG or not sys.stderr.isatty():
-        yield lambda num_ended: None
-        return
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("simulating", total=num_requests)
-        yield lambda num_ended: progress.update(task, completed=num_ended)
 
 
 FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -173,6 +150,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "preemptions": lambda s: str(s["num_preemptions"]),
     "preemption loss s": lambda s: f"{s['preemption_loss_s']:.3f}",
     "fragmentation %": lambda s: _percent(s["fragmentation"]),
+    "prefix hits %": lambda s: _percent(s["prefix_hit"]),
     "memory %": lambda s: _percent(s["memory"]),
     "migrations": lambda s: str(s["num_migrations"]),
     "downtime mean ms": lambda s: _figure(s["downtime_s"], "mean", 1e3),
@@ -192,11 +170,13 @@ def _percent(share: float | None) -> str:
 
 def _table(workload: Workload, summaries: dict[str, dict[str, Any]]) -> Table:
     rejected = next(iter(summaries.values()))["num_rejected"]
-    title = f"{workload.name}: {len(workload.arrivals)} requests, {workload.rate:.3g} a second"
+    title = _headline(workload)
     table = Table(title=title + (f", {rejected} rejected" if rejected else ""), title_justify="left", box=SIMPLE_HEAD)
     table.add_column("")
     for policy in summaries:
         table.add_column(policy, justify="right", no_wrap=True)
     for name, show in FIGURES.items():
-        table.add_row(name, *[show(summary) for summary in summaries.values()])
+        shown = [show(summary) for summary in summaries.values()]
+        if any(text != "-" for text in shown):
+            table.add_row(name, *shown)
     return table

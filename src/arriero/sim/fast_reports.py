@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from arriero.core.errors import ProtocolError
 from arriero.core.types import InstanceSnapshot, Phase, RequestSnapshot
 from arriero.sim.fast_engine import FastEngine, FastSequence
@@ -74,6 +76,13 @@ def num_used_blocks(engine: FastEngine, num_steps: int) -> int:
 def head_demand(engine: FastEngine) -> int:
     """Blocks that the head of the queue waits for; 0 without a queue."""
     return -(-(engine.waiting[0].num_tokens + 1) // engine.block_size) if engine.waiting else 0
+
+
+def prefix_hit(engines: Iterable[FastEngine]) -> float | None:
+    """Share of the tokens to prefill that their prefix caches had; None if they have no caches."""
+    cached = [e for e in engines if e.cache is not None]
+    num_looked_up = sum(e.num_looked_up for e in cached)
+    return sum(e.num_hit for e in cached) / max(1, num_looked_up) if cached else None
 
 
 def check_integrity(engine: FastEngine) -> None:

@@ -23,7 +23,7 @@ HANDOVER_S = 0.002  # as in production: from the end of the source's last step u
 
 @dataclass(slots=True, kw_only=True)
 class MoveReport:
-    """What one attempt did; the fields are those of production's report."""
+    """What one attempt did; the fields are those of production's report, and when it began."""
 
     migration_id: MigrationId
     request_id: RequestId
@@ -38,6 +38,7 @@ class MoveReport:
     num_tokens: int = 0
     total_s: float = 0.0
     detach_to_commit_s: float | None = None
+    started_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -104,6 +105,7 @@ class VirtualMigrations:
             destination=destination,
             mode=mode,
             cause=cause,
+            started_s=now,
         )
         run = _Run(machine, record, log, origin, arriving, report, now)
         self._open[record.request_id] = self._runs[machine.migration_id] = run

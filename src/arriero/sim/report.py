@@ -40,6 +40,7 @@ def summarize(result: SimulationResult) -> dict[str, Any]:
         "instance_hours": result.config.num_instances * result.end_s / 3600,
         "tokens_per_s": sum(r.num_output for r in finished) / result.end_s if result.end_s else 0.0,
         "num_steps": result.num_steps,
+        "prefix_hit": result.prefix_hit,
         **_of_requests(finished),
         **_of_moves(result),
         **_of_samples(result),

@@ -16,7 +16,7 @@ from arriero.core.types import Dispatchable, InstanceId, MigrationMode, RequestI
 from arriero.observe.events import EventLog
 from arriero.sim.config import SimEngineConfig
 from arriero.sim.fast_engine import FastEngine, FastSequence
-from arriero.sim.fast_reports import check_integrity, head_demand
+from arriero.sim.fast_reports import check_integrity, head_demand, prefix_hit
 from arriero.sim.kernel import Kernel
 from arriero.sim.moves import MoveReport, VirtualMigrations
 from arriero.sim.network import Network, NetworkConfig
@@ -100,6 +100,7 @@ class SimulationResult:
     samples: list[Sample]
     end_s: float  #: when the last request ended
     num_steps: int
+    prefix_hit: float | None = None  #: share of the tokens to prefill that a prefix cache had; None without one
 
 
 class Simulator:
@@ -172,6 +173,7 @@ class Simulator:
             self.samples,
             self._end_s,
             sum(i.engine.num_steps for i in self.instances),
+            prefix_hit([i.engine for i in self.instances]),
         )
 
     # ------------------------------------------------------------------ requests
@@ -309,7 +311,7 @@ class Simulator:
         record.num_moves += report.ok
         self.moves.append(report)
         if self._events is not None:
-            names = [name for name in MoveReport.__slots__ if name != "stages"]
+            names = [name for name in MoveReport.__slots__ if name not in ("stages", "started_s")]
             self._emit("migration", **{n: getattr(report, n) for n in names}, num_stages=len(report.stages))
 
     def _sample(self) -> None:
