@@ -81,7 +81,7 @@ def test_a_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     written = path.read_bytes()
     assert written.startswith(b"\x89PNG" if suffix == "png" else b"<!doctype html>")
     assert len(written) > 20_000
-    assert b"http" not in written[:1000]
+    assert suffix == "png" or b"://" not in written, "the page needs nothing beside it"
 
 
 @pytest.mark.parametrize("trace", [AZURE, str(files("arriero") / "data" / "mooncake_conversation_200.csv")])

@@ -265,7 +265,16 @@ class Cluster:
         request = self.requests.get(command.request_id)
         if request is None:
             return
-        self.events.emit("dispatch", request=command.request_id, instance=command.instance, reason=command.reason)
+        self.events.emit(
+            "dispatch",
+            request=command.request_id,
+            instance=command.instance,
+            reason=command.reason,
+            arrival_s=request.arrived_s,
+            prompt_tokens=request.facts.num_prompt_tokens,
+            max_tokens=request.facts.max_tokens,
+            priority=request.facts.priority,
+        )
         if command.request_id in self._replaying:
             self._spawn(self._replay_at(request, command.instance))
         else:

@@ -196,10 +196,15 @@ class Simulator:
         facts = Dispatchable(
             request_id=record.request_id,
             num_prompt_tokens=arrival.prompt_tokens,
-            max_tokens=self.config.engine.max_model_len - arrival.prompt_tokens,
+            max_tokens=self._max_tokens(arrival),
             priority=arrival.priority,
+            block_hashes=tuple(arrival.prefix_ids()) if self.config.engine.prefix_caching else (),
         )
         self._carry_out(self.scheduler.arrived(facts, self.kernel.now))
+
+    def _max_tokens(self, arrival: Arrival) -> int:
+        longest = self.config.engine.max_model_len - arrival.prompt_tokens
+        return min(arrival.max_tokens, longest) if arrival.max_tokens else longest
 
     def _reject(self, record: Record, reason: str) -> None:
         record.rejected = reason
@@ -223,7 +228,15 @@ class Simulator:
     def _place(self, record: Record, instance: InstanceId) -> None:
         now, arrival = self.kernel.now, record.arrival
         record.dispatch_s, record.instance = now, instance
-        self._emit("dispatch", request=record.request_id, instance=instance)
+        self._emit(
+            "dispatch",
+            request=record.request_id,
+            instance=instance,
+            arrival_s=arrival.arrival_s,
+            prompt_tokens=arrival.prompt_tokens,
+            max_tokens=self._max_tokens(arrival),
+            priority=arrival.priority,
+        )
         self.instances[instance].add(
             FastSequence(
                 record.request_id,
