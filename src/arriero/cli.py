@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["serve"]:
         sys.exit(_serve(arguments[1:]))
+    if arguments[:1] == ["calibrate"]:
+        sys.exit(_calibrate(arguments[1:]))
     args = _parser().parse_args(arguments)
     sys.exit(args.run(args))
 
@@ -36,6 +38,15 @@ def _serve(argv: list[str]) -> int:
         sys.stderr.write(f"arriero serve: {error}; install vllm 0.32 beside arriero\n")
         return 2
     return serve(argv)
+
+
+def _calibrate(argv: list[str]) -> int:
+    try:
+        from arriero.vllm.calibrate import main as calibrate
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"arriero calibrate: {error}; install vllm 0.32 beside arriero\n")
+        return 2
+    return calibrate(argv)
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -53,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"arriero {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("serve", help="start instances and the OpenAI server (arriero serve --help)", add_help=False)
+    commands.add_parser("calibrate", help="measure a model's step times for arriero simulate", add_help=False)
     status = commands.add_parser("status", help="show instances and running requests")
     status.add_argument("--json", action="store_true", help="print JSON instead of tables")
     status.set_defaults(run=_status)

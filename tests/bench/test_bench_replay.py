@@ -108,8 +108,8 @@ def test_a_workload_is_stretched_to_a_rate_and_starts_at_once() -> None:
 
 
 def test_lengths_are_cut_and_prefixes_dropped() -> None:
-    workload = capped(Workload("w", [Arrival(0.0, 5000, 7, 0, ((1, 2),)), Arrival(1.0, 6, 900)]), 100)
-    assert [(a.prompt_tokens, a.output_tokens) for a in workload.arrivals] == [(100, 7), (6, 100)]
+    workload = capped(Workload("w", [Arrival(0.0, 5000, 7, 0, ((1, 2),)), Arrival(1.0, 6, 900)]), 100, 50)
+    assert [(a.prompt_tokens, a.output_tokens) for a in workload.arrivals] == [(100, 7), (6, 50)]
     assert not any(a.prefix_blocks for a in workload.arrivals)
 
 

@@ -59,10 +59,8 @@ class Plan:
 
 def workload_of(plan: Plan, seed: int) -> Workload:
     """The arrivals of ``seed``: the plan's rate on average, whatever the draw of gaps comes to."""
-    return at_rate(
-        capped(make_workload("M-M", num_requests=plan.requests, rate=plan.rate, cv=plan.cv, seed=seed), plan.longest),
-        plan.rate,
-    )
+    workload = make_workload("M-M", num_requests=plan.requests, rate=plan.rate, cv=plan.cv, seed=seed)
+    return at_rate(capped(workload, plan.longest, plan.longest), plan.rate)
 
 
 # ---------------------------------------------------------------------- measuring

@@ -114,11 +114,11 @@ def _seen(arrival: Arrival, reply: Reply, zero_s: float) -> Seen:
     )
 
 
-def capped(workload: Workload, longest: int) -> Workload:
-    """Prompts and outputs cut to ``longest`` tokens each."""
+def capped(workload: Workload, longest_prompt: int, longest_output: int) -> Workload:
+    """Prompts and outputs cut to so many tokens; no prefixes."""
 
     def cut(a: Arrival) -> Arrival:
-        prompt, output = min(a.prompt_tokens, longest), min(a.output_tokens, longest)
+        prompt, output = min(a.prompt_tokens, longest_prompt), min(a.output_tokens, longest_output)
         return replace(a, prompt_tokens=prompt, output_tokens=output, prefix_blocks=())
 
     return Workload(workload.name, [cut(a) for a in workload.arrivals])

@@ -121,6 +121,13 @@ SYMBOLS: tuple[Symbol, ...] = (
         ),
         assigned=("input_queue", "output_queue", "scheduler", "shutdown_state", "step_fn", "structured_output_manager"),
     ),
+    Symbol(
+        "vllm.v1.engine.core",
+        "EngineCore",
+        ("vllm_config", "executor_class", "log_stats"),
+        attributes=("abort_requests", "add_request", "post_step", "preprocess_add_request", "shutdown"),
+        assigned=("batch_queue", "scheduler", "step_fn"),
+    ),
     Symbol("vllm.v1.engine.core", "EngineShutdownState", attributes=("REQUESTED",)),
     Symbol("vllm.v1.engine", "EngineCoreRequestType", attributes=("ADD", "ABORT", "UTILITY", "WAKEUP")),
     Symbol("vllm.v1.engine.utils", "EngineZmqAddresses", ("inputs", "outputs")),

@@ -1,0 +1,131 @@
+"""What a served cluster adds to its engines' own steps, measured at a client: the front end in the loop.
+
+Front end, client and engines share the cores of a small machine. Every token costs the front end and the client some
+time, and while they have a core, no engine has it. Seen from an engine, its steps grow by a constant and by a share for
+each sequence, since other instances are loaded alike: ``host_ms + d_served * B``. What a request costs the front
+end before its first step (HTTP, tokenising, dispatch) is ``request_ms``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+from arriero.bench.client import COMPLETIONS, Call, Client
+from arriero.bench.replay import Prompts, completion
+from arriero.core.errors import ArrieroError
+from arriero.sim.fit import StepPoint
+from arriero.sim.network import NetworkConfig
+from arriero.sim.step_time import StepTimeModel
+
+DECODES = ((1, 128), (4, 128), (4, 512), (8, 256), (14, 192))  #: (sequences, context) of each instance
+DECODE_TOKENS = 40
+PREFILLS = (32, 256, 900)
+REPEATS = 4
+MOVES = 6
+MOVED_CONTEXT = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """One calibration of a running server."""
+
+    decodes: Sequence[StepPoint]  #: one for each instance and load
+    prefills: Sequence[StepPoint]  #: times to the first token of lone requests
+
+    def drift(self, other: Served) -> float:
+        """By which share the times of two calibrations differ, as a median over their points."""
+        pairs = zip([*self.decodes, *self.prefills], [*other.decodes, *other.prefills], strict=True)
+        return abs(median(b.ms / a.ms for a, b in pairs) - 1)
+
+
+async def measure(client: Client, model: str, prompts: Prompts, num_engines: int) -> Served:
+    """Load all instances alike, then send lone prompts. Raises ArrieroError if an answer ends early."""
+    decodes = [
+        point
+        for num_seqs, context in DECODES
+        for point in await _decode(client, model, prompts, num_engines, num_seqs, context)
+    ]
+    prefills = []
+    for length in PREFILLS:
+        replies = [await client.send(COMPLETIONS, completion(model, prompts.text(length), 1)) for _ in range(REPEATS)]
+        prefills.append(StepPoint(((length, 0),), 0, 0, 1e3 * median(reply.ttft_s for reply in replies)))
+    return Served(decodes=decodes, prefills=prefills)
+
+
+async def _decode(
+    client: Client, model: str, prompts: Prompts, num_engines: int, num_seqs: int, context: int
+) -> list[StepPoint]:
+    count = num_engines * num_seqs
+    bodies = [completion(model, prompts.text(context), 4 * DECODE_TOKENS + 8 * count) for _ in range(count)]
+    calls = [client.start(COMPLETIONS, body) for body in bodies]
+    try:
+        for call in calls:
+            await _wait(call, 2)
+        begun = {call: call.reply.num_tokens for call in calls}
+        for call in calls:
+            await _wait(call, begun[call] + DECODE_TOKENS)
+        places = {row["client_id"]: row["instance"] for row in await client.get("/requests")}
+    finally:
+        await asyncio.gather(*(call.cancel() for call in calls))
+    by_instance: dict[int, list[tuple[float, float]]] = {}
+    for call in calls:
+        window = call.reply.chunks[begun[call] - 1 : begun[call] + DECODE_TOKENS]
+        itl_ms = 1e3 * (window[-1].time_s - window[0].time_s) / sum(chunk.num_tokens for chunk in window[1:])
+        by_instance.setdefault(places[call.reply.request_id], []).append((itl_ms, context + begun[call]))
+    return [
+        StepPoint(
+            (),
+            len(found),
+            int(sum(tokens + DECODE_TOKENS / 2 for _, tokens in found)),
+            sum(itl_ms for itl_ms, _ in found) / len(found),
+        )
+        for _, found in sorted(by_instance.items())
+    ]
+
+
+async def _wait(call: Call, num_tokens: int) -> None:
+    if not await call.wait_for_tokens(num_tokens):
+        raise ArrieroError(f"an answer ended after {call.reply.num_tokens} tokens: {call.reply.error}")
+
+
+async def copy_costs(client: Client, model: str, prompts: Prompts) -> NetworkConfig:
+    """What a move's copies cost, from moving one request to and fro: bytes over the time that stages took."""
+    call = client.start(COMPLETIONS, completion(model, prompts.text(MOVED_CONTEXT), 20 * MOVES + 200))
+    stages: list[dict[str, Any]] = []
+    try:
+        for _ in range(MOVES):
+            await _wait(call, call.reply.num_tokens + 10)
+            row = next(r for r in await client.get("/requests") if r["client_id"] == call.reply.request_id)
+            _, answer = await client.migrate(call.reply.request_id, 1 - row["instance"])
+            stages += [s for m in answer.get("migrations", ()) if m["ok"] for s in m["stages"]]
+    finally:
+        await call.cancel()
+    large = [s for s in stages if s["num_bytes"] > 1 << 20]
+    if not large:
+        raise ArrieroError("no move copied a mebibyte: nothing tells what copies cost")
+    return replace(
+        NetworkConfig(),
+        staging_bytes_per_s=median(s["num_bytes"] / s["export_s"] for s in large),
+        bytes_per_s=median(s["num_bytes"] / s["import_s"] for s in large),
+    )
+
+
+def with_front_end(model: StepTimeModel, served: Sequence[Served]) -> StepTimeModel:
+    """``model`` with the ``host_ms`` and the share of each sequence that ``served`` shows beyond it, both 0 or more."""
+    from scipy.optimize import nnls
+
+    points = [point for one in served for point in one.decodes]
+    beyond = [p.ms - model.step_ms(p.prefills, p.num_decodes, p.context_tokens) for p in points]
+    rows = [[1.0 / p.ms, p.num_decodes / p.ms] for p in points]
+    (host_ms, each_ms), _ = nnls(rows, [b / p.ms for b, p in zip(beyond, points, strict=True)])
+    return replace(model, host_ms=model.host_ms + float(host_ms), d=model.d + float(each_ms))
+
+
+def request_ms(model: StepTimeModel, served: Sequence[Served]) -> float:
+    """Of the front end for one request: the median of what lone requests took longer than their step."""
+    points = [point for one in served for point in one.prefills]
+    return max(0.0, median(p.ms - model.step_ms(p.prefills, 0, 0) for p in points))
