@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"arriero.wire"}),
     frozenset({"arriero.frontend", "arriero.launch", "arriero.transport", "arriero.observe"})
     | {"arriero.workload", "arriero.dashboard"},
-    frozenset({"arriero.vllm", "arriero.sim", "arriero.bench", "arriero.model"}),
+    frozenset({"arriero.vllm", "arriero.sim", "arriero.bench", "arriero.model", "arriero.chaos"}),
     frozenset({"arriero.cli"}),
 )
 """From the bottom up. A part may import its own layer and those below; inside a layer there are no cycles of parts."""

@@ -27,6 +27,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(_serve(arguments[1:]))
     if arguments[:1] == ["calibrate"]:
         sys.exit(_calibrate(arguments[1:]))
+    if arguments[:1] == ["chaos"]:
+        sys.exit(_chaos(arguments[1:]))
     args = _parser().parse_args(arguments)
     sys.exit(args.run(args))
 
@@ -49,6 +51,12 @@ def _calibrate(argv: list[str]) -> int:
     return calibrate(argv)
 
 
+def _chaos(argv: list[str]) -> int:
+    from arriero.chaos.cli import main as chaos  # late: the other commands need none of what it imports
+
+    return chaos(argv)
+
+
 class _OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line and exits with 2."""
 
@@ -65,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("serve", help="start instances and the OpenAI server (arriero serve --help)", add_help=False)
     commands.add_parser("calibrate", help="measure a model's step times for arriero simulate", add_help=False)
+    commands.add_parser("chaos", help="load a server, hurt what is behind it (arriero chaos --help)", add_help=False)
     status = commands.add_parser("status", help="show instances and running requests")
     status.add_argument("--json", action="store_true", help="print JSON instead of tables")
     status.set_defaults(run=_status)

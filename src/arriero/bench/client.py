@@ -62,6 +62,7 @@ class Reply:
         self.choices: dict[int, Choice] = {}
         self.chunks: list[Chunk] = []  #: of all choices, in order of arrival
         self.num_tokens = 0
+        self.arrivals_s: list[float] = []  #: of every chunk that says anything, also without token ids
         self.usage_tokens: int | None = None  #: what the server says it has produced
         self.is_complete = False  #: the stream's end mark, or the whole body, was seen
         self.error: str | None = None
@@ -74,7 +75,10 @@ class Reply:
             self.error = str(payload["error"])
         if payload.get("usage"):
             self.usage_tokens = payload["usage"]["completion_tokens"]
-        num_tokens = sum(self._take_choice(choice) for choice in payload.get("choices", ()))
+        choices = payload.get("choices", ())
+        num_tokens = sum(self._take_choice(choice) for choice in choices)
+        if choices:
+            self.arrivals_s.append(time_s)
         if num_tokens:
             self.num_tokens += num_tokens
             self.chunks.append(Chunk(time_s, num_tokens))
@@ -187,11 +191,13 @@ class Call:
 class Client:
     """Talks to one server; an async context manager. It notices when the whole machine stands still."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, api_key: str | None = None) -> None:
         self._url = url
         self._stalls: list[tuple[float, float]] = []  # when, for how many seconds
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30.0)
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        connector = aiohttp.TCPConnector(limit=0)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers)
 
     async def __aenter__(self) -> Self:
         self._watch = asyncio.create_task(self._watch_clock())
@@ -232,8 +238,11 @@ class Client:
 
     async def migrate(self, request_id: str, to: int, mode: str = "live") -> tuple[int, dict[str, Any]]:
         """Status and answer of the admin API."""
-        url = f"{self._url}/requests/{request_id}/migrate"
-        async with self._session.post(url, json={"to": to, "mode": mode}) as response:
+        return await self.post(f"/requests/{request_id}/migrate", {"to": to, "mode": mode})
+
+    async def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Status and answer; what is no JSON becomes an error of OpenAI's shape."""
+        async with self._session.post(self._url + path, json=body) as response:
             if response.content_type != "application/json":
                 return response.status, {"error": {"message": f"status {response.status}: {await response.text()}"}}
             return response.status, await response.json()

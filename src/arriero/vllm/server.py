@@ -208,7 +208,7 @@ async def running_cluster(args: argparse.Namespace, options: ServeOptions, vllm_
             scheduler=options.scheduler,
             migration=options.migration,
             progress=_say,
-            events=EventLog(time.monotonic, options.event_log),
+            events=EventLog(time.monotonic, options.event_log, wait=False),
             metrics=default_metrics(),
             clock=time.monotonic,
         )
