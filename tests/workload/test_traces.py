@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 from arriero.core.errors import ConfigError
-from arriero.workload.traces import read_trace, write_trace
+from arriero.workload.traces import read_columns, read_trace, write_trace
 from arriero.workload.workload import Arrival, make_workload
 
 DATA = Path(str(files("arriero") / "data"))
@@ -30,6 +31,18 @@ def test_the_azure_excerpt() -> None:
 def test_the_mooncake_excerpt_has_prefix_runs() -> None:
     arrivals = read_trace(DATA / "mooncake_conversation_200.csv").arrivals
     assert arrivals[1] == Arrival(0.0, 7322, 490, 0, ((0, 0), (14, 27)))
+
+
+def test_a_gzipped_trace_and_its_other_columns(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv.gz"
+    path.write_bytes(gzip.compress(f"{HEADER},ttft_s\n1,2,3,0.25\n4,5,6,0.5\n".encode()))
+    workload = read_trace(path)
+    assert (workload.name, workload.arrivals) == ("trace", [Arrival(1.0, 2, 3), Arrival(4.0, 5, 6)])
+    assert read_columns(path, ["ttft_s"]) == {"ttft_s": [0.25, 0.5]}
+    for broken in (path.read_bytes()[:20], b"no gzip"):
+        path.write_bytes(broken)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            read_trace(path)
 
 
 def test_fields_may_stand_in_any_order_beside_others_and_the_reading_may_stop_early(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Traces: CSV files with a header, ``arrival_s,prompt_tokens,output_tokens[,priority][,hash_ids]``.
+"""Traces: CSV files with a header, ``arrival_s,prompt_tokens,output_tokens[,priority][,hash_ids]``; or gzipped ones.
 
 ``hash_ids`` are ids of prefix blocks, separated by blanks; "a-b" is an inclusive run. Other columns are ignored.
 """
@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TextIO, TypeVar
 
 from arriero.core.errors import ConfigError
 from arriero.workload.workload import PREFIX_BLOCK_TOKENS, Arrival, Workload
@@ -25,14 +26,27 @@ _RUN = re.compile(r"(\d+)(?:-(\d+))?")
 def read_trace(path: Path, limit: int | None = None) -> Workload:
     """The trace in ``path``, or its first ``limit`` requests. Raises ConfigError: file, line, field and value."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with _open(path) as file:
             arrivals = list(_parse(path, file, limit))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ConfigError(f"trace {path} cannot be read: {error}") from error
     for line, (before, after) in enumerate(pairwise(arrivals), start=3):
         if after.arrival_s < before.arrival_s:
             _reject(path, line, "arrival_s", str(after.arrival_s), f"at least {before.arrival_s}, as the line before")
-    return Workload(path.stem, arrivals)
+    return Workload(path.name.removesuffix(".gz").removesuffix(".csv"), arrivals)
+
+
+def read_columns(path: Path, names: Sequence[str]) -> dict[str, list[float]]:
+    """Further columns of a trace, numbers all of them; line by line what :func:`read_trace` gives."""
+    with _open(path) as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in names}
+
+
+def _open(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8", newline="")
+    return path.open(encoding="utf-8", newline="")
 
 
 def _parse(path: Path, lines: Iterable[str], limit: int | None) -> Iterator[Arrival]:
