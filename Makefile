@@ -17,7 +17,7 @@ BIN   := .venv/bin
 STAMP := .venv/.installed-$(shell { echo '$(TORCH)'; cat requirements/lock.txt pyproject.toml; } | cksum | cut -d' ' -f1)
 
 .PHONY: help setup model serve check lint types format test test-fast
-.PHONY: bench-migration bench-overhead bench-sim bench-race bench-fidelity peers soak mutants clean
+.PHONY: bench-migration bench-overhead bench-sim bench-race bench-fidelity peers soak mutants clean bench-drain
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-16s\033[0m %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -81,6 +81,8 @@ bench-race: setup model peers ## Race arriero against what others use today, on 
 
 bench-fidelity: setup model ## Compare the simulator with two real engines on a trace (ARGS=...)
 	$(BIN)/python -m arriero.bench.fidelity $(ARGS)
+bench-drain: setup ## Measure draining and rolling restarts, simulated and real engines (ARGS=...)
+	$(BIN)/python -m arriero.bench.drain $(ARGS)
 
 bench-sim: setup ## Measure the simulator: against vidur, and how it grows (ARGS=...)
 	$(BIN)/python -m arriero.bench.sim $(ARGS)

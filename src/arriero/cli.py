@@ -29,8 +29,20 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(_calibrate(arguments[1:]))
     if arguments[:1] == ["chaos"]:
         sys.exit(_chaos(arguments[1:]))
-    args = _parser().parse_args(arguments)
+    own, flags = _split(arguments)
+    args = _parser().parse_args(own)
+    if flags and args.run is not _restart:
+        _parser().error(f"{own[0]} takes no flags after --")
+    args.flags = flags
     sys.exit(args.run(args))
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before ``--``, and what after."""
+    if "--" not in arguments:
+        return arguments, []
+    where = arguments.index("--")
+    return arguments[:where], arguments[where + 1 :]
 
 
 def _serve(argv: list[str]) -> int:
@@ -82,8 +94,24 @@ def _parser() -> argparse.ArgumentParser:
     migrate.add_argument("--to", type=int, required=True, help="instance to move to")
     migrate.add_argument("--mode", choices=[m.value for m in MigrationMode], default=MigrationMode.LIVE.value)
     migrate.set_defaults(run=_migrate)
+    drain = commands.add_parser("drain", help="move everything away from an instance, then end it")
+    drain.add_argument("instance", type=int, help="its id, as `arriero status` shows it")
+    drain.add_argument("--force", action="store_true", help="also the last instance that takes requests")
+    drain.set_defaults(run=_drain)
+    restart = commands.add_parser(
+        "restart", help="replace instances under load", epilog="flags of `vllm serve` for the instances follow after --"
+    )
+    restart.add_argument("instances", type=int, nargs="*", help="their ids, or --rolling")
+    restart.add_argument("--rolling", action="store_true", help="all instances, one after the other")
+    restart.add_argument(
+        "--max-surge",
+        type=int,
+        default=None,
+        help="so many start before others are drained (default: 1 if memory allows)",
+    )
+    restart.set_defaults(run=_restart, flags=[])
     simulation.add_parser(commands)
-    for command in (status, migrate):
+    for command in (status, migrate, drain, restart):
         command.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
         command.add_argument("--api-key", default=None, help="the server's API key, if it wants one")
     return parser
@@ -96,19 +124,28 @@ class _Failed(Exception):
     """Printed as one line; exit code 1."""
 
 
-def _call(args: argparse.Namespace, method: str, path: str, **kwargs: Any) -> Any:
+def _call(
+    args: argparse.Namespace,
+    method: str,
+    path: str,
+    *,
+    shows: str = "migrations",
+    timeout: float | None = 120,
+    **kwargs: Any,
+) -> Any:
+    """The answer: a list, or an object with a key ``shows``, if need be with an error's status."""
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     try:
-        response = httpx.request(method, args.url.rstrip("/") + path, headers=headers, timeout=120, **kwargs)
+        response = httpx.request(method, args.url.rstrip("/") + path, headers=headers, timeout=timeout, **kwargs)
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
         raise _Failed(f"no answer from {args.url}: {error}; is the server running there?") from error
     try:
         body = response.json()
     except ValueError as error:
         raise _Failed(f"{args.url} answered {response.status_code} without JSON: is it an arriero server?") from error
-    if response.is_error and not (isinstance(body, dict) and "migrations" in body):
+    if response.is_error and not (isinstance(body, dict) and shows in body):
         raise _Failed(_message(body, response.status_code))
-    if not ("migrations" in body if isinstance(body, dict) else isinstance(body, list)):
+    if not (shows in body if isinstance(body, dict) else isinstance(body, list)):
         raise _Failed(f"{args.url} answered {path} with something else: is it an arriero server?")
     return body
 
@@ -133,9 +170,19 @@ def _status(args: argparse.Namespace) -> int:
         print(json.dumps({"instances": instances, "requests": requests}, indent=2))
         return 0
     console = Console()
+    for instance in instances:
+        instance["note"] = _note(instance)
     console.print(_table("instances", INSTANCE_COLUMNS, instances, console.width))
     console.print(_table("requests", REQUEST_COLUMNS, requests, console.width))
     return 0
+
+
+def _note(instance: dict[str, Any]) -> str:
+    """What there is to say of an instance beside its state."""
+    replaces, stage = instance.get("replaces"), instance.get("stage", "")
+    said = [stage] if stage not in ("ready", "") else []
+    said += [f"replaces {replaces}"] if replaces is not None else []
+    return ", ".join(said)
 
 
 INSTANCE_COLUMNS = {
@@ -147,6 +194,7 @@ INSTANCE_COLUMNS = {
     "waiting": "{waiting}",
     "KV blocks": "{blocks_used} / {blocks_total}",
     "freeness": "{freeness}",
+    "note": "{note}",
 }
 REQUEST_COLUMNS = {
     "request": "{client_id}",
@@ -167,7 +215,7 @@ def _table(title: str, columns: dict[str, str], rows: list[dict[str, Any]], widt
     cells = {c: [template.format_map(row) for row in shown] for c, template in columns.items()}
     others = sum(max(map(len, [c, *cells[c]])) for c in columns if c != "request")
     for column in columns:
-        left = column in ("request", "state", "host")
+        left = column in ("request", "state", "host", "note")
         longest = max(12, width - others - 2 * len(columns) - 2) if column == "request" else None
         table.add_column(column, no_wrap=True, justify="left" if left else "right", max_width=longest)
     for row in zip(*cells.values(), strict=True):
@@ -190,6 +238,40 @@ def _migrate(args: argparse.Namespace) -> int:
         else:
             print(f"{what} not moved: {report['reason']}; it runs on at {report['source']}")
     return 0 if answer["ok"] else 1
+
+
+def _drain(args: argparse.Namespace) -> int:
+    try:
+        path = f"/instances/{args.instance}/drain"
+        report = _call(args, "POST", path, shows="num_requests", timeout=None, json={"force": args.force})
+    except _Failed as error:
+        sys.stderr.write(f"arriero drain: {error}\n")
+        return 1
+    what = f"instance {report['instance']} ended after {report['total_s']:.1f} s"
+    if not report["ok"]:
+        print(f"{what}, before it was empty: what was left there goes on elsewhere, from its tokens")
+        return 1
+    print(f"{what}; its {report['num_requests']} requests had moved away or ended within {report['emptied_s']:.1f} s")
+    return 0
+
+
+def _restart(args: argparse.Namespace) -> int:
+    if args.rolling == bool(args.instances):
+        sys.stderr.write("arriero restart: name the instances, or use --rolling for all\n")
+        return 2
+    body = {"instances": args.instances or None, "max_surge": args.max_surge, "flags": args.flags}
+    try:
+        report = _call(args, "POST", "/restart", shows="replaced", timeout=None, json=body)
+    except _Failed as error:
+        sys.stderr.write(f"arriero restart: {error}\n")
+        return 1
+    for old, new in report["replaced"].items():
+        print(f"instance {old} -> {new}")
+    if not report["ok"]:
+        sys.stderr.write(f"arriero restart: {report['reason']}; the other instances were not touched\n")
+        return 1
+    print(f"{len(report['replaced'])} instances replaced in {report['total_s']:.1f} s")
+    return 0
 
 
 if __name__ == "__main__":

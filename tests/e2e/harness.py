@@ -7,11 +7,11 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from arriero.core.config import MigrationConfig, RebalancingConfig
+from arriero.core.config import DrainConfig, MigrationConfig, RebalancingConfig, RecoveryConfig
 from arriero.core.dispatch import ClusterView, MaxFreeness
 from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, MigrationMode
 from arriero.sim.faults import Operation, Pass
-from arriero.sim.fleet import HELD, MIGRATION, WAIT_S, Stream, is_running, prompt, socket_folder
+from arriero.sim.fleet import DRAIN, HELD, MIGRATION, RECOVERY, WAIT_S, Stream, is_running, prompt, socket_folder
 from arriero.sim.fleet import Fleet as SimFleet
 
 __all__ = [
@@ -114,10 +114,20 @@ async def fleet_of(
     engine_of: dict[InstanceId, dict[str, Any]] | None = None,
     migration: MigrationConfig = MIGRATION,
     rebalancing: RebalancingConfig | None = None,
+    recovery: RecoveryConfig = RECOVERY,
+    drain: DrainConfig = DRAIN,
 ) -> AsyncIterator[Fleet]:
     """Running instances; everything is ended at exit."""
     with socket_folder() as folder:
-        fleet = Fleet(folder, policy=policy, engine=engine or {}, migration=migration, rebalancing=rebalancing)
+        fleet = Fleet(
+            folder,
+            policy=policy,
+            engine=engine or {},
+            migration=migration,
+            rebalancing=rebalancing,
+            recovery=recovery,
+            drain=drain,
+        )
         fleet.engine_of = engine_of or {}
         try:
             async with asyncio.timeout(WAIT_S):

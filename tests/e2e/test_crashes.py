@@ -6,11 +6,10 @@ from functools import partial
 
 import pytest
 
-from arriero.core.config import MigrationConfig
-from arriero.core.errors import ConflictError, LaunchError, UnavailableError
+from arriero.core.config import MigrationConfig, RecoveryConfig
+from arriero.core.errors import ConflictError, LaunchError
 from arriero.core.messages import Drop, Op
 from arriero.core.types import InstanceId, InstanceState, MigrationMode
-from arriero.frontend import cluster as cluster_module
 
 from .harness import LIVE, RECOMPUTE, STOP, Fleet, Operation, Pass, fleet_of
 
@@ -163,7 +162,7 @@ async def test_an_instance_that_is_launched_later_serves_like_any_other(fleet: F
 
 async def test_an_instance_that_dies_at_its_start_harms_nobody(fleet: Fleet) -> None:
     stream = fleet.submit(60, 100, seed=5)
-    future = fleet.cluster.instances.launch(fleet.spec)
+    future = fleet.cluster.instances.launch()
     started = next(i for i in fleet.cluster.instances if i.state is InstanceState.STARTING)
     fleet.kill(started.instance_id)
     with pytest.raises(LaunchError, match=f"instance {started.instance_id} ended with exit code -9"):
@@ -184,20 +183,20 @@ async def alone(fleet: Fleet) -> InstanceId:
 
 
 async def test_streams_wait_for_an_instance_when_the_only_one_dies(fleet: Fleet) -> None:
-    """Meanwhile nothing new is taken, nothing can be moved, and clients may leave; then a new instance takes over."""
+    """Meanwhile new ones wait too, nothing can be moved, and clients may leave; then a new instance takes over."""
     only = await alone(fleet)
     stays, leaves = (fleet.submit(60, 200, at=only, seed=i) for i in range(2))
     await fleet.at_least(5, stays, leaves)
     fleet.kill(only)
     await fleet.dead(only)
-    with pytest.raises(UnavailableError, match="no instance is ready"):
-        fleet.submit()
+    waits = fleet.submit(seed=3)
+    assert waits.live.route is None
     with pytest.raises(ConflictError, match=f"instance {only} is dead"):
         await fleet.move(stays, only)
     fleet.abort(leaves)
     (new,) = await fleet.launch()
     await fleet.at_least(len(stays.tokens) + 1, stays)
-    assert stays.where == new.instance_id
+    assert stays.where == waits.where == new.instance_id
     await fleet.ended()
     fleet.expect_deaths()
 
@@ -216,18 +215,17 @@ async def test_a_stream_that_waits_for_its_replay_cannot_be_moved(fleet: Fleet) 
     fleet.expect_deaths()
 
 
-async def test_streams_end_with_an_error_if_nobody_comes(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster_module, "REPLAY_DEADLINE_S", 0.3)
-    only = await alone(fleet)
-    streams = [fleet.submit(60, 200, at=only, seed=i) for i in range(3)]
-    await fleet.at_least(5, *streams)
-    fleet.expect_deaths()
-    fleet.kill(only)
-    await fleet.ended()
-    assert [s.finish for s in streams] == ["error"] * 3
-    assert all(s.tokens == s.expected[: len(s.tokens)] for s in streams)
-    fleet.expect_errors("ended unexpectedly", *["is lost: no instance took it within 0 s"] * 3)
-    assert [e["how"] for e in fleet.events("finish")][-3:] == ["lost"] * 3
+async def test_streams_end_with_an_error_if_nobody_comes() -> None:
+    recovery = RecoveryConfig(restart=False, no_instance_timeout_s=0.3)
+    async with fleet_of(1, recovery=recovery) as fleet:
+        streams = [fleet.submit(60, 200, at=0, seed=i) for i in range(3)]
+        await fleet.at_least(5, *streams)
+        fleet.kill(0)
+        await fleet.ended()
+        assert [s.finish for s in streams] == ["error"] * 3
+        assert all(s.tokens == s.expected[: len(s.tokens)] for s in streams)
+        fleet.expect_errors("ended unexpectedly", *["is lost: no instance"] * 3)
+        assert [e["how"] for e in fleet.events("finish")][-3:] == ["lost"] * 3
 
 
 # ---------------------------------------------------------------------- answers are lost, nobody dies

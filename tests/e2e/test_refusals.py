@@ -47,7 +47,7 @@ async def test_a_stream_that_moves_cannot_be_moved_again_until_it_has_arrived(fl
 
 async def test_nothing_moves_to_an_instance_that_is_not_ready(fleet: Fleet) -> None:
     stream = fleet.submit(max_tokens=900, at=0)
-    starting = fleet.cluster.instances.launch(fleet.spec)
+    starting = fleet.cluster.instances.launch()
     new = next(i for i in fleet.cluster.instances if i.state is InstanceState.STARTING)
     with pytest.raises(ConflictError, match=f"instance {new.instance_id} is starting, not ready"):
         await fleet.move(stream, new.instance_id)

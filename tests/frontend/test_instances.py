@@ -19,6 +19,8 @@ class StubLauncher:
     """Remembers what it should start and stop; raises ``error`` if there is one."""
 
     started: list[tuple[InstanceId, LaunchSpec, LaunchEvents]] = field(default_factory=list)
+    ended: list[InstanceId] = field(default_factory=list)
+    killed: list[InstanceId] = field(default_factory=list)
     stopped_after_s: list[float] = field(default_factory=list)
     error: LaunchError | None = None
 
@@ -27,6 +29,12 @@ class StubLauncher:
             raise self.error
         self.started.append((instance, spec, events))
         return Launched(pid=1000 + instance, host="here")
+
+    def end(self, instance: InstanceId) -> None:
+        self.ended.append(instance)
+
+    def kill(self, instance: InstanceId) -> None:
+        self.killed.append(instance)
 
     def stop(self, instance: InstanceId, timeout_s: float) -> None:
         raise NotImplementedError
@@ -42,16 +50,21 @@ class World:
         self.launcher = StubLauncher()
         self.joined: list[Instance] = []
         self.lost: list[tuple[Instance, int]] = []
+        self.left: list[Instance] = []
+        self.asked: list[InstanceId] = []
         self.lines: list[str] = []
         self.instances = Instances(
             self.launcher,
+            lambda instance, place: LaunchSpec(module="some.module", payload=f"{instance} at {place}".encode()),
+            on_left=self.left.append,
+            on_drain_asked=self.asked.append,
             on_joined=self.joined.append,
             on_lost=lambda instance, returncode: self.lost.append((instance, returncode)),
             progress=self.lines.append,
         )
 
     def launch(self) -> asyncio.Future[Instance]:
-        return self.instances.launch(lambda instance: LaunchSpec(module="some.module", payload=str(instance).encode()))
+        return self.instances.launch()
 
     async def ready(self) -> Instance:
         future = self.launch()
@@ -70,8 +83,8 @@ async def test_instances_are_numbered_and_each_gets_its_own_specification(world:
     for _ in range(2):
         world.launch()
     assert [(i, s.payload, e) for i, s, e in world.launcher.started] == [
-        (0, b"0", world.instances),
-        (1, b"1", world.instances),
+        (0, b"0 at 0", world.instances),
+        (1, b"1 at 1", world.instances),
     ]
     assert [(i.instance_id, i.pid, i.host, i.state) for i in world.instances] == [
         (0, 1000, "here", InstanceState.STARTING),

@@ -17,7 +17,7 @@ import pytest
 
 from arriero.core.errors import LaunchError
 from arriero.core.types import InstanceId
-from arriero.launch.child import CORES_ENV, STATUS_FD_ENV, report_stage
+from arriero.launch.child import CORES_ENV, END_SIGNAL, STATUS_FD_ENV, report_stage
 from arriero.launch.local import LocalLauncher
 from arriero.launch.port import LaunchSpec
 
@@ -34,6 +34,9 @@ class Heard:
 
     def on_status(self, instance: InstanceId, stage: str) -> None:
         self.events.put_nowait(("status", instance, stage))
+
+    def on_drain_asked(self, instance: InstanceId) -> None:
+        self.events.put_nowait(("drain asked", instance, None))
 
     def on_exit(self, instance: InstanceId, returncode: int) -> None:
         self.events.put_nowait(("exit", instance, returncode))
@@ -62,7 +65,8 @@ class World:
             "payload = adopt_parent()\n"
         )
         (self.folder / f"{name}.py").write_text(source + body)
-        env = {"PYTHONPATH": str(self.folder), **fields.pop("env", {})}
+        path = os.pathsep.join([str(self.folder), *sys.path])
+        env = {"PYTHONPATH": path, **fields.pop("env", {})}
         return LaunchSpec(module=name, payload=fields.pop("payload", b""), env=env, **fields)
 
     def start(self, body: str, instance: InstanceId = 0, **fields: Any) -> int:
@@ -143,7 +147,7 @@ async def test_an_instance_that_closes_its_status_line_is_still_watched(world: W
     world.start(f"report_stage('bye')\nos.close(int(os.environ['{STATUS_FD_ENV}']))\n{FOR_EVER}")
     assert await world.heard.stage() == "bye"
     world.launcher.stop(0, LONG_S)
-    assert await world.heard.next() == ("exit", 0, -signal.SIGTERM)
+    assert await world.heard.next() == ("exit", 0, -END_SIGNAL)
 
 
 async def test_a_process_that_cannot_be_started_is_a_launch_error_and_leaves_no_open_file(
@@ -171,7 +175,7 @@ async def test_stop_asks_first_so_that_an_instance_can_clean_up(world: World) ->
         "def clean_up(*_):\n"
         "    report_stage('cleaned up')\n"
         "    sys.exit(7)\n"
-        "signal.signal(signal.SIGTERM, clean_up)\n"
+        f"signal.signal({END_SIGNAL}, clean_up)\n"
         f"report_stage('up')\n{FOR_EVER}"
     )
     assert await world.heard.stage() == "up"
@@ -181,10 +185,48 @@ async def test_stop_asks_first_so_that_an_instance_can_clean_up(world: World) ->
 
 
 async def test_stop_kills_what_does_not_end_in_time(world: World) -> None:
-    world.start(f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\nreport_stage('up')\nwhile True: {FOR_EVER}")
+    world.start(f"signal.signal({END_SIGNAL}, signal.SIG_IGN)\nreport_stage('up')\nwhile True: {FOR_EVER}")
     assert await world.heard.stage() == "up"
     world.launcher.stop(0, 0.05)
     assert await world.heard.next() == ("exit", 0, -signal.SIGKILL)
+
+
+ENDS_WITH_7 = (
+    "from arriero.launch.child import end_on_signals\n"
+    "end_on_signals(lambda: os._exit(7))\n"
+    f"report_stage('up')\nwhile True: {FOR_EVER}"
+)
+
+
+async def test_an_order_to_end_is_given_and_not_waited_for(world: World) -> None:
+    world.start(ENDS_WITH_7)
+    assert await world.heard.stage() == "up"
+    for instance in (0, 0, 5):
+        world.launcher.end(instance)
+    assert await world.heard.next() == ("exit", 0, 7)
+    world.launcher.end(0)
+
+
+async def test_an_operators_sigterm_asks_for_a_drain_and_the_second_one_ends_it(world: World) -> None:
+    pid = world.start(ENDS_WITH_7)
+    assert await world.heard.stage() == "up"
+    os.kill(pid, signal.SIGTERM)
+    assert await world.heard.next() == ("drain asked", 0, None)
+    os.kill(pid, signal.SIGTERM)
+    assert await world.heard.next() == ("exit", 0, 7)
+
+
+async def test_kill_ends_a_stopped_instance_and_takes_its_shared_memory(
+    world: World, segment: Callable[[str], Path]
+) -> None:
+    queue = segment("message-queue")
+    pid = world.start(MAPS_AND_STAYS, payload=str(queue).encode())
+    assert await world.heard.stage() == "mapped"
+    os.kill(pid, signal.SIGSTOP)
+    world.launcher.kill(0)
+    world.launcher.kill(5)
+    assert await world.heard.next() == ("exit", 0, -signal.SIGKILL)
+    assert not queue.exists()
 
 
 STUBBORN = (
@@ -203,13 +245,13 @@ async def test_stop_takes_the_whole_group_even_a_worker_that_ignores_to_be_asked
     worker = os.pidfd_open(int(await world.heard.stage()))
     world.launcher.stop(0, LONG_S)
     assert wait_for_end(worker)
-    assert await world.heard.next() == ("exit", 0, -signal.SIGTERM)
+    assert await world.heard.next() == ("exit", 0, -END_SIGNAL)
 
 
 async def test_an_instance_that_dies_leaves_no_worker_behind(world: World) -> None:
-    pid = world.start("signal.signal(signal.SIGUSR1, lambda *_: os._exit(9))\n" + STUBBORN + FOR_EVER)
+    pid = world.start("signal.signal(signal.SIGHUP, lambda *_: os._exit(9))\n" + STUBBORN + FOR_EVER)
     worker = os.pidfd_open(int(await world.heard.stage()))
-    os.kill(pid, signal.SIGUSR1)
+    os.kill(pid, signal.SIGHUP)
     assert await world.heard.next() == ("exit", 0, 9)
     assert wait_for_end(worker)
 
@@ -230,7 +272,7 @@ def segment() -> Iterator[Callable[[str], Path]]:
 
 MAPS_AND_STAYS = (
     "import mmap, pathlib\n"
-    "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    f"signal.signal({END_SIGNAL}, signal.SIG_IGN)\n"
     "maps = []\n"
     "for name in payload.decode().split():\n"
     "    path = pathlib.Path(name.replace('OWN', str(os.getpid())))\n"
@@ -272,7 +314,7 @@ async def test_stop_all_ends_all_from_another_thread_and_every_end_is_seen(world
     assert [await world.heard.stage() for _ in range(3)] == ["up"] * 3
     await asyncio.to_thread(world.launcher.stop_all, LONG_S)
     ends = sorted([await world.heard.next() for _ in range(3)])
-    assert ends == [("exit", number, -signal.SIGTERM) for number in range(3)]
+    assert ends == [("exit", number, -END_SIGNAL) for number in range(3)]
 
 
 async def test_stopping_twice_or_what_never_was_is_harmless(world: World) -> None:
@@ -282,7 +324,7 @@ async def test_stopping_twice_or_what_never_was_is_harmless(world: World) -> Non
     assert await world.heard.stage() == "up"
     for _ in range(2):
         world.launcher.stop(0, LONG_S)
-    assert await world.heard.next() == ("exit", 0, -signal.SIGTERM)
+    assert await world.heard.next() == ("exit", 0, -END_SIGNAL)
     world.launcher.stop(0, LONG_S)
     world.launcher.stop_all(LONG_S)
     assert world.heard.events.empty()
@@ -313,6 +355,8 @@ from arriero.launch.port import LaunchSpec
 class Events:
     def on_status(self, instance, stage):
         print(stage, flush=True)
+    def on_drain_asked(self, instance):
+        print("drain asked", flush=True)
     def on_exit(self, instance, returncode):
         print("exit", returncode, flush=True)
 
@@ -328,7 +372,7 @@ asyncio.run(main())
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_front_end_that_is_killed_takes_its_instances_with_it(world: World, how: signal.Signals) -> None:
     spec = world.spec(f"report_stage(str(os.getpid()))\n{FOR_EVER}")
-    command = [sys.executable, "-c", FRONT_END, spec.module, str(world.folder)]
+    command = [sys.executable, "-c", FRONT_END, spec.module, spec.env["PYTHONPATH"]]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as front_end:
         assert front_end.stdout is not None
         instance = os.pidfd_open(int(front_end.stdout.readline()))
@@ -336,6 +380,18 @@ def test_a_front_end_that_is_killed_takes_its_instances_with_it(world: World, ho
         front_end.send_signal(how)
         assert wait_for_end(instance)
     assert front_end.returncode == -how
+
+
+def test_an_instance_that_is_stuck_when_its_front_end_dies_is_killed_with_its_workers(world: World) -> None:
+    """It ignores every signal that it can, and so does its worker."""
+    deaf = "import arriero.launch.child as c\nc.ORPHAN_GRACE_S = 0\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    spec = world.spec(deaf + STUBBORN + f"report_stage(str(os.getpid()))\nwhile True: {FOR_EVER}")
+    command = [sys.executable, "-c", FRONT_END, spec.module, spec.env["PYTHONPATH"]]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as front_end:
+        assert front_end.stdout is not None
+        processes = [os.pidfd_open(int(front_end.stdout.readline())) for _ in range(2)]
+        front_end.kill()
+        assert all([wait_for_end(process) for process in processes])
 
 
 def test_an_instance_whose_front_end_ended_before_it_could_tie_itself_to_it_ends_too() -> None:

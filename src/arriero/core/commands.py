@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from arriero.core.types import InstanceId, RequestId
+from arriero.core.types import InstanceId, MigrationMode, RequestId
 
 
 class RejectKind(StrEnum):
@@ -42,6 +42,7 @@ class Move:
     source: InstanceId
     destination: InstanceId
     reason: str
+    mode: MigrationMode = MigrationMode.LIVE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,6 +62,58 @@ class CopyConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveryConfig:
+    """What happens when instances die or hang."""
+
+    restart: bool = True  #: replace an instance that died
+    backoff_s: float = 1.0  #: before the second restart of a place in ``window_s`` (the first is at once), then doubled
+    max_backoff_s: float = 60.0
+    max_deaths: int = 5  #: so many deaths of a place in ``window_s``: it stays down
+    window_s: float = 600.0
+    hang_timeout_s: float = 60.0  #: silence after which an instance counts as hung and is killed; 0: never
+    max_replays: int = 2  #: of a request that its instance died under
+    probation_tokens: int = 8  #: a suspect that has produced so many since its replay is cleared
+    retry_s: float = 0.25  #: between two tries to place a request
+    no_instance_timeout_s: float = 120.0  #: a server's :attr:`SchedulerConfig.no_instance_timeout_s`
+
+    def __post_init__(self) -> None:
+        _require(self.max_deaths >= 1, "max_deaths", self.max_deaths, "1 or more")
+        _require(self.max_replays >= 0, "max_replays", self.max_replays, "0 or more")
+        _require(self.probation_tokens >= 1, "probation_tokens", self.probation_tokens, "1 or more")
+        for name in ("backoff_s", "hang_timeout_s", "no_instance_timeout_s"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more seconds")
+        for name in ("window_s", "retry_s"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
+        _require(
+            self.max_backoff_s >= self.backoff_s,
+            "max_backoff_s",
+            self.max_backoff_s,
+            f"at least backoff_s={self.backoff_s}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainConfig:
+    """How an instance is emptied."""
+
+    max_moves: int = 8  #: migrations away from it at a time
+    copy_share: float = 0.5  #: share of the time that copying may take, there and where its requests go
+    retry_s: float = 0.1  #: between two tries to move a request
+    max_tries: int = 2  #: to move a request with its KV cache; then without
+    patience_s: float = 2.0  #: a request that finds no room moves without its KV cache after that
+    timeout_s: float = 300.0  #: what runs there after that is lost to it as if the instance had died
+    end_s: float = 15.0  #: from the order to end until the process is killed
+
+    def __post_init__(self) -> None:
+        _require(self.max_moves >= 1, "max_moves", self.max_moves, "1 or more")
+        _require(self.max_tries >= 0, "max_tries", self.max_tries, "0 or more")
+        _require(0 < self.copy_share <= 1, "copy_share", self.copy_share, "in (0, 1]")
+        _require(self.patience_s >= 0, "patience_s", self.patience_s, "0 or more seconds")
+        for name in ("retry_s", "timeout_s", "end_s"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RebalancingConfig:
     """Two-sided thresholds on freeness (Llumnix, OSDI'24, section 6: 3 on both sides)."""
 
@@ -120,6 +172,7 @@ class SchedulerConfig:
     dispatch_policy: str = "freeness"
     load: LoadConfig = LoadConfig()
     rebalancing: RebalancingConfig | None = None  #: None: requests move only on demand
+    drain: DrainConfig = DrainConfig()
     no_instance_timeout_s: float = 0.0  #: how long a request waits for any instance to be ready; 0: it is rejected
     policy_errors_stop: bool = False  #: a policy that fails raises PolicyError; otherwise the default takes its place
     snapshot_interval_s: float = 0.02  #: instances push at most this often

@@ -49,6 +49,10 @@ class Ledger:
         instance = self._where.get(request_id)
         return None if instance is None else self._assigned[instance][request_id]
 
+    def requests_of(self, instance: InstanceId) -> list[Dispatchable]:
+        """All requests in the instance's care, in the order in which they came into it."""
+        return list(self._assigned.get(instance, {}).values())
+
     def reconcile(self, snapshot: InstanceSnapshot) -> None:
         """Forget what the snapshot shows."""
         unseen = self._unseen.get(snapshot.instance)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from arriero.core.commands import Command, Dispatch, PolicyFailed, Reject, RejectKind, Stop
 from arriero.core.config import SchedulerConfig
 from arriero.core.dispatch import MaxFreeness, make_dispatch_policy
+from arriero.core.draining import Evacuation, why_not
 from arriero.core.errors import PolicyError
 from arriero.core.ledger import Ledger
 from arriero.core.queue import RequestQueue
@@ -31,6 +32,7 @@ class GlobalScheduler:
         self._fallback = MaxFreeness()
         self._queue = RequestQueue()
         self._rebalancer = Rebalancer(config.rebalancing) if config.rebalancing is not None else None
+        self._evacuation = Evacuation(config.drain)
         self._moving: dict[RequestId, tuple[InstanceId, InstanceId]] = {}
 
     # ------------------------------------------------------------------ events
@@ -54,7 +56,7 @@ class GlobalScheduler:
         if instance not in self.view.states:
             return []
         self.view.see(snapshot)
-        return self._bind(now) + self._stop_if_empty(instance)
+        return self._bind(now) + self._evacuate(now) + self._stop_if_empty(instance)
 
     def ended(self, request_id: RequestId, now: float) -> list[Command]:
         """The request finished, was aborted or could not be placed."""
@@ -65,12 +67,13 @@ class GlobalScheduler:
     def instance_joined(self, instance: InstanceId, now: float) -> list[Command]:
         """``instance`` is ready to serve."""
         self.view.set_state(instance, InstanceState.READY)
-        return self._bind(now)
+        return self._bind(now) + self._evacuate(now)
 
     def instance_draining(self, instance: InstanceId, now: float) -> list[Command]:
         """``instance`` takes no new requests; what it holds moves away. Once it is empty, it is to be stopped."""
         self.view.set_state(instance, InstanceState.DRAINING)
-        return self._stop_if_empty(instance)
+        self._evacuation.begin(instance, now)
+        return self._evacuate(now) + self._stop_if_empty(instance)
 
     def instance_lost(self, instance: InstanceId, now: float) -> list[Command]:
         """``instance`` is dead or was removed. What ran there is to be replayed: each such request arrives anew."""
@@ -78,6 +81,7 @@ class GlobalScheduler:
             if source == instance and destination in self.view.states:
                 self.view.moved(request_id, destination)  # where it goes on, unless it arrives anew
         self.view.remove(instance)
+        self._evacuation.end(instance)
         return []
 
     def migration_started(
@@ -92,9 +96,11 @@ class GlobalScheduler:
         source, destination = self._moving.pop(request_id)
         if ok:
             self.view.moved(request_id, destination)
+        else:
+            self._evacuation.failed(request_id, source, now)
         if self._rebalancer is not None and self.view.ledger.knows(request_id):
             self._rebalancer.rest(request_id, now)
-        return self._stop_if_empty(source)
+        return self._evacuate(now) + self._stop_if_empty(source)
 
     def tick(self, now: float) -> list[Command]:
         """Time has passed: every ``config.interval_s``."""
@@ -104,6 +110,10 @@ class GlobalScheduler:
         return commands
 
     # ------------------------------------------------------------------ what can be seen
+
+    def why_not_drain(self, instance: InstanceId) -> str | None:
+        """Why an operator should not drain the instance; None if nothing speaks against it."""
+        return why_not(self.view, instance)
 
     @property
     def ledger(self) -> Ledger:
@@ -146,6 +156,10 @@ class GlobalScheduler:
             )
             self.view.sent(request, instance)
         return commands
+
+    def _evacuate(self, now: float) -> list[Command]:
+        """The next moves away from instances that drain."""
+        return [*self._evacuation.round(self.view, self._moving, now)] if self._evacuation.is_on else []
 
     def _choose(self, request: Dispatchable, now: float, commands: list[Command]) -> InstanceId:
         view = self.view

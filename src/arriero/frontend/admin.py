@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
@@ -23,6 +24,26 @@ class MigrateBody(BaseModel):
 
     to: Annotated[int, Field(ge=0, description="instance id")]
     mode: MigrationMode = MigrationMode.LIVE
+
+
+class DrainBody(BaseModel):
+    """Body of ``POST /instances/{id}/drain``; may be left out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    force: Annotated[bool, Field(description="also the last instance that takes requests")] = False
+
+
+class RestartBody(BaseModel):
+    """Body of ``POST /restart``; may be left out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    instances: Annotated[list[int] | None, Field(description="instance ids; null: all, one after the other")] = None
+    max_surge: Annotated[
+        int | None, Field(ge=0, le=64, description="so many start before others are drained; null: 1 if memory allows")
+    ] = None
+    flags: Annotated[list[str], Field(description="flags of `vllm serve` that instances get from now on")] = []
 
 
 def attach_admin(app: FastAPI, cluster: Cluster, api_keys: list[str]) -> None:
@@ -57,6 +78,28 @@ def _router(cluster: Cluster, api_keys: list[str]) -> APIRouter:
         reports = await cluster.migrate_all(request_id, body.to, body.mode)
         content = {"ok": all(r.ok for r in reports), "migrations": [r.as_dict() for r in reports]}
         return JSONResponse(content, status_code=200 if content["ok"] else 409)
+
+    @router.post("/instances/{instance}/drain")
+    async def drain(instance: int, body: DrainBody | None = None) -> dict[str, Any]:
+        """Empty an instance by live migration and end it; the answer comes when it has ended.
+
+        404 if it is unknown; 409 if it does not serve, or is the last one that does (unless forced).
+        """
+        force = body is not None and body.force
+        return (await cluster.drains.start(instance, cause="on demand", force=force)).as_dict()
+
+    @router.post("/restart")
+    async def restart(body: RestartBody | None = None) -> Any:
+        """Replace instances under load, one after the other; the answer comes when all are replaced.
+
+        200 if they were, 409 if the restart could not begin or had to end: ``reason`` says why.
+        """
+        wanted = body or RestartBody()
+        make_spec = await asyncio.to_thread(cluster.respec, wanted.flags) if wanted.flags else None
+        report = await cluster.rollout.run(
+            wanted.instances, max_surge=wanted.max_surge, make_spec=make_spec, flags=wanted.flags
+        )
+        return JSONResponse(report.as_dict(), status_code=200 if report.ok else 409)
 
     @router.get("/arriero/check")
     async def check() -> dict[str, Any]:

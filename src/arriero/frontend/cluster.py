@@ -10,15 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from arriero.core.commands import Command, Dispatch, Drain, Launch, Move, PolicyFailed, Reject, RejectKind, Stop
-from arriero.core.config import MigrationConfig, SchedulerConfig
-from arriero.core.errors import ArrieroError, ConfigError, ConflictError, ProtocolError, UnavailableError
+from arriero.core.config import MigrationConfig, RecoveryConfig, SchedulerConfig
+from arriero.core.errors import ArrieroError, ConfigError, ConflictError, LaunchError, ProtocolError, UnavailableError
 from arriero.core.pace import StepPace
 from arriero.core.scheduler import GlobalScheduler
 from arriero.core.types import (
@@ -27,31 +25,27 @@ from arriero.core.types import (
     InstanceSnapshot,
     InstanceState,
     MigrationMode,
-    Phase,
     RequestId,
 )
-from arriero.frontend.instances import Instance, Instances, Progress
+from arriero.frontend.describe import describe_instances, describe_requests, event_of
+from arriero.frontend.drains import DrainReport, Drains
+from arriero.frontend.instances import Instance, Instances, MakeSpec, Progress
+from arriero.frontend.lifecycle import Lifecycle
 from arriero.frontend.links import InstanceLinks
 from arriero.frontend.migrations import MigrationReport, MigrationRunner
+from arriero.frontend.replays import Replays
 from arriero.frontend.requests import LiveRequest, RequestTable
-from arriero.launch.port import Launcher, LaunchSpec
+from arriero.frontend.rolling import Rollout
+from arriero.frontend.shutdown import Shutdown
+from arriero.launch.port import Launcher
 from arriero.observe.events import EventLog
 from arriero.observe.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-LOAD_FIELDS = (
-    "running",
-    "waiting",
-    "blocks_used",
-    "blocks_total",
-    "block_size",
-    "preemptions",
-    "incoming",
-    "freeness",
-)
-REPLAY_RETRY_S = 0.25
-REPLAY_DEADLINE_S = 60.0
+
+def _no_new_flags(flags: Sequence[str]) -> MakeSpec:
+    raise ConfigError(f"flags {' '.join(flags)}: instances of this cluster take none")
 
 
 class Cluster:
@@ -62,16 +56,20 @@ class Cluster:
         *,
         links: InstanceLinks,
         launcher: Launcher,
-        make_spec: Callable[[InstanceId], LaunchSpec],
+        make_spec: MakeSpec,
         scheduler: SchedulerConfig,
         migration: MigrationConfig,
+        recovery: RecoveryConfig,
         deliver: Callable[[Any], None] = lambda outputs: None,
         progress: Progress = lambda line: None,
+        max_surge: Callable[[], int] = lambda: 1,
+        respec: Callable[[Sequence[str]], MakeSpec] = _no_new_flags,
         events: EventLog | None = None,
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.clock = clock
+        self.respec = respec  #: how instances are launched with flags added; raises ConfigError
         self.scheduler = GlobalScheduler(scheduler)
         self.requests = RequestTable()
         self.pace = StepPace()
@@ -79,7 +77,16 @@ class Cluster:
         self.metrics = metrics or Metrics()
         self.deliver = deliver
         self.links = links
-        self.instances = Instances(launcher, on_joined=self._joined, on_lost=self._lost, progress=progress)
+        self.instances = Instances(
+            launcher,
+            make_spec,
+            on_joined=self._joined,
+            on_lost=self._lost,
+            on_left=self._left,
+            on_drain_asked=self._drain_asked,
+            progress=progress,
+        )
+        self.lifecycle = Lifecycle(recovery, instances=self.instances, links=links, clock=clock, spawn=self._spawn)
         self.migrations = MigrationRunner(
             links=links,
             config=migration,
@@ -88,19 +95,50 @@ class Cluster:
             on_end=self._migration_ended,
             on_replay=self._replay,
         )
-        self._make_spec = make_spec
+        self.replays = Replays(
+            recovery,
+            instances=self.instances,
+            links=links,
+            migrations=self.migrations,
+            arrive=lambda facts: self._carry_out(self.scheduler.arrived(facts, self.clock())),
+            withdraw=lambda request_id: self._carry_out(self.scheduler.ended(request_id, self.clock())),
+            lose=self._lose,
+            spawn=self._spawn,
+        )
+        self.drains = Drains(
+            scheduler.drain,
+            instances=self.instances,
+            links=links,
+            scheduler=self.scheduler,
+            carry_out=self._carry_out,
+            num_requests=lambda instance: len(self.requests.routed_to(instance)),
+            on_started=lambda report: self.events.emit("drain_started", **report.as_dict()),
+            on_ended=self._drain_ended,
+            clock=clock,
+            spawn=self._spawn,
+        )
+        self.rollout = Rollout(
+            instances=self.instances,
+            drains=self.drains,
+            restarts=self.lifecycle.restarts,
+            max_surge=max_surge,
+            clock=clock,
+        )
+        self.shutdown = Shutdown(self.requests, self._lose)
         self._tasks: set[asyncio.Task[None]] = set()
         self._pauses: dict[RequestId, MigrationReport] = {}
         self._failed_policies: set[str] = set()
-        self._replaying: dict[RequestId, float] = {}  # until when
+        self._placing: dict[RequestId, asyncio.Future[None]] = {}  # who waits for an instance
 
     # ------------------------------------------------------------------ life
 
     async def start(self, num_instances: int) -> list[Instance]:
         """Start instances in parallel and wait until all serve. Raises LaunchError if one fails."""
         self.links.start(self)
-        futures = [self.instances.launch(self._make_spec) for _ in range(num_instances)]
+        futures: list[asyncio.Future[Instance]] = []
         try:
+            for _ in range(num_instances):
+                futures.append(self.instances.launch())
             started = await asyncio.gather(*futures)
         except BaseException:
             for future in futures:
@@ -110,6 +148,7 @@ class Cluster:
         interval_s = self.scheduler.config.interval_s
         if interval_s is not None:
             self._spawn(self._tick_forever(interval_s))
+        self._spawn(self.lifecycle.watch_forever())
         return started
 
     def close(self, timeout_s: float) -> None:
@@ -121,6 +160,7 @@ class Cluster:
     def close_sockets(self) -> None:
         """Close what belongs to the event loop; after :meth:`close`, on the loop's thread."""
         self.migrations.close()
+        self.drains.close()
         self.links.close()
         self.events.close()
 
@@ -135,6 +175,8 @@ class Cluster:
         """Take a new request; it is dispatched now or later. Raises UnavailableError if no instance is ready, and
         ConfigError if none could ever run it.
         """
+        if self.shutdown.has_begun:
+            raise UnavailableError("the server ends: it takes no more requests")
         started = self.clock()
         self.requests.add(LiveRequest(facts, message, None, external_id, started))
         commands = self.scheduler.arrived(facts, started)
@@ -147,23 +189,39 @@ class Cluster:
         if refused is not None:
             raise (ConfigError if refused.kind is RejectKind.IMPOSSIBLE else UnavailableError)(refused.reason)
 
+    async def admit(self, message: Any, facts: Dispatchable, external_id: str) -> None:
+        """As :meth:`submit`, but wait until the request has an instance. Raises UnavailableError also if none came."""
+        self.submit(message, facts, external_id)
+        request = self.requests.get(facts.request_id)
+        if request is None or request.route is not None:
+            return
+        placed = self._placing[facts.request_id] = asyncio.get_running_loop().create_future()
+        try:
+            await placed
+        except asyncio.CancelledError:
+            self.abort([facts.request_id])
+            raise
+        finally:
+            self._placing.pop(facts.request_id, None)
+
     def abort(self, request_ids: Sequence[RequestId]) -> None:
         """The clients are gone; unknown ids are ignored."""
-        by_instance: dict[InstanceId, list[RequestId]] = {}
         for request_id in request_ids:
             request = self._end_request(request_id, "aborted")
-            if request is None or self.migrations.client_gone(request_id):
-                continue
-            if request.route is not None:
-                by_instance.setdefault(request.route, []).append(request_id)
-        for instance, ids in by_instance.items():
-            if self.instances[instance].state is not InstanceState.DEAD:
-                self.links.abort(instance, ids)
+            if request is not None:
+                self._abort_where_it_runs(request)
+
+    def _abort_where_it_runs(self, request: LiveRequest) -> None:
+        if self.migrations.client_gone(request.request_id) or request.route is None:
+            return
+        if not self.instances.is_dead(request.route):
+            self.links.abort(request.route, [request.request_id])
 
     def _end_request(self, request_id: RequestId, how: str) -> LiveRequest | None:
         request = self.requests.pop(request_id)
         if request is not None:
             self._carry_out(self.scheduler.ended(request_id, self.clock()))
+            self.replays.ended(request_id)
             self._pauses.pop(request_id, None)
             self.events.emit(
                 "finish", request=request_id, instance=request.route, how=how, num_output_tokens=len(request.tokens)
@@ -178,6 +236,7 @@ class Cluster:
 
     def on_snapshot(self, snapshot: InstanceSnapshot) -> None:
         """From the links."""
+        self.lifecycle.watchdog.heard(snapshot.instance)
         self.instances.on_snapshot(snapshot.instance)
         self.pace.clock_read(snapshot.instance, snapshot.time_s, self.clock())
         self._carry_out(self.scheduler.snapshot(snapshot, self.clock()))
@@ -187,6 +246,7 @@ class Cluster:
         instance, now = outputs.engine_index, self.clock()
         if outputs.outputs:
             self.pace.step_ended(instance, now)
+            self.lifecycle.watchdog.heard(instance)
         stale = False
         finished: list[tuple[RequestId, str]] = []
         for output in outputs.outputs:
@@ -199,6 +259,7 @@ class Cluster:
                 if request.pause_since_s is not None:
                     self._moved_on(request, now)
                 request.last_token_s = now
+                self.replays.produced(request.request_id, len(output.new_token_ids))
             if output.finish_reason is not None:
                 finished.append((output.request_id, str(output.finish_reason)))
         if stale:
@@ -225,22 +286,52 @@ class Cluster:
             self.metrics.migration_pause_seconds.observe(pause)
 
     def _joined(self, instance: Instance) -> None:
-        self.events.emit("instance_ready", instance=instance.instance_id)
-        self._carry_out(self.scheduler.instance_joined(instance.instance_id, self.clock()))
+        joined = instance.instance_id
+        self.events.emit("instance_ready", instance=joined, replaces=instance.replaces)
+        self.lifecycle.watchdog.watch(joined)
+        self._carry_out(self.scheduler.instance_joined(joined, self.clock()))
+
+    def _left(self, instance: Instance) -> None:
+        """An instance has ended in order."""
+        self.events.emit("instance_left", instance=instance.instance_id)
+        self._carry_out(self._forget_instance(instance.instance_id))
+        self.drains.gone(instance)
 
     def _lost(self, instance: Instance, returncode: int) -> None:
         """An instance died: what ran there goes on elsewhere, from the token log."""
         lost = instance.instance_id
         self.events.emit("instance_lost", instance=lost, returncode=returncode)
-        commands = self.scheduler.instance_lost(lost, self.clock())
-        self.pace.forget(lost)
-        orphans = [r for r in self.requests.routed_to(lost) if not self.migrations.is_moving(r.request_id)]
-        self.migrations.instance_lost(lost)
-        self.links.instance_lost(lost)
+        routed = self.requests.routed_to(lost)
+        given_up = self.replays.instance_lost(routed, self.scheduler.snapshot_of(lost))
+        orphans = [r for r in routed if not self.migrations.is_moving(r.request_id)]
+        commands = self._forget_instance(lost)
+        for request in given_up:
+            self._lose(request, "it has killed every instance that it ran on, the last time with no other to blame")
         for request in orphans:
             if request.route == lost and not self.migrations.is_moving(request.request_id):
                 self._replay(request)
         self._carry_out(commands)
+        if not self.drains.gone(instance):
+            self.lifecycle.lost(instance)
+
+    def _forget_instance(self, instance: InstanceId) -> list[Command]:
+        commands = self.scheduler.instance_lost(instance, self.clock())
+        self.pace.forget(instance)
+        self.lifecycle.watchdog.forget(instance)
+        self.migrations.instance_lost(instance)
+        self.links.instance_lost(instance)
+        return commands
+
+    def _drain_asked(self, instance: InstanceId) -> None:
+        """An operator has sent SIGTERM to an instance."""
+        try:
+            self.drains.start(instance, cause="SIGTERM")
+        except ConflictError as error:
+            logger.error("instance %d was told to end, and is not drained: %s", instance, error)
+
+    def _drain_ended(self, report: DrainReport) -> None:
+        self.metrics.drain_seconds.observe(report.total_s)
+        self.events.emit("drain_ended", **report.as_dict())
 
     # ------------------------------------------------------------------ what the scheduler wants
 
@@ -258,8 +349,14 @@ class Cluster:
                     if policy not in self._failed_policies:
                         self._failed_policies.add(policy)
                         logger.warning("policy %s %s; the freest instance is taken instead (said once)", policy, error)
-                case Launch() | Drain() | Stop():
-                    self.events.emit("advice", command=type(command).__name__.lower(), detail=str(command))
+                case Launch(num_instances=num):
+                    for _ in range(num):
+                        self._spawn(self._launch())
+                case Drain(instance=instance, reason=reason):
+                    with contextlib.suppress(ArrieroError):  # something has happened to it meanwhile
+                        self.drains.start(instance, cause=reason)
+                case Stop(instance=instance):
+                    self.drains.emptied(instance)
 
     def _place(self, command: Dispatch) -> None:
         request = self.requests.get(command.request_id)
@@ -275,27 +372,37 @@ class Cluster:
             max_tokens=request.facts.max_tokens,
             priority=request.facts.priority,
         )
-        if command.request_id in self._replaying:
-            self._spawn(self._replay_at(request, command.instance))
-        else:
-            request.route = command.instance
-            self.links.add(command.instance, request.message)
+        if command.request_id in self.replays:
+            self.replays.place(request, command.instance)
+            return
+        request.route = command.instance
+        self.links.add(command.instance, request.message)
+        if (placing := self._placing.get(command.request_id)) is not None and not placing.done():
+            placing.set_result(None)
 
     def _move(self, command: Move) -> None:
         request = self.requests.get(command.request_id)
         if request is not None and request.route == command.source:
             with contextlib.suppress(ArrieroError):  # something has happened to it meanwhile
-                self._start_migration(request, command.destination, MigrationMode.LIVE, command.reason)
+                self._start_migration(request, command.destination, command.mode, command.reason)
 
     def _reject(self, command: Reject) -> None:
         """The request was taken, so its client hears of it as of any end."""
         request = self.requests.get(command.request_id)
         if request is None:
             return
-        if command.request_id in self._replaying and command.kind is RejectKind.UNAVAILABLE:
-            self._spawn(self._replay_later(request))
-        else:
+        placing = self._placing.get(command.request_id)
+        if placing is None:
             self._lose(request, command.reason)
+        elif not placing.done():
+            self._end_request(command.request_id, command.kind.value)
+            placing.set_exception(UnavailableError(command.reason))
+
+    async def _launch(self) -> None:
+        try:
+            await self.instances.launch()
+        except LaunchError as error:
+            logger.error("%s", error)
 
     async def _tick_forever(self, interval_s: float) -> None:
         while True:
@@ -333,7 +440,7 @@ class Cluster:
         source = request.route
         if source is None:
             raise ConflictError(f"request {request.request_id} waits for an instance: there is nothing to move yet")
-        if self.instances[source].state is InstanceState.DEAD:
+        if self.instances.is_dead(source):
             raise ConflictError(
                 f"request {request.request_id} was on instance {source}, which died: it waits for a replay"
             )
@@ -344,151 +451,41 @@ class Cluster:
     def _migration_ended(self, request: LiveRequest, report: MigrationReport) -> None:
         if report.source is not None:
             self._carry_out(self.scheduler.migration_ended(report.request_id, self.clock(), ok=report.ok))
-        else:
-            self._replay_ended(request, report)
         if report.ok and self.requests.get(report.request_id) is request:
             request.num_moves += 1
             request.pause_since_s = request.last_token_s or None
             self._pauses[report.request_id] = report
         self.metrics.migration_ended(report.ok, report.reason, report.num_bytes, replay=report.source is None)
-        self.events.emit("migration", **_flat(report))
-
-    # ------------------------------------------------------------------ replay
+        self.events.emit("migration", **event_of(report))
 
     def _replay(self, request: LiveRequest) -> None:
-        """Continue a request whose KV cache is lost: prompt and delivered tokens are prefilled again.
-
-        One attempt at a time, however many of them fail: two would run the request twice.
-        """
-        request_id = request.request_id
-        if self.requests.get(request_id) is request and request_id not in self._replaying:
-            self._replaying[request_id] = self.clock() + REPLAY_DEADLINE_S
-            self._ask_for_replay(request)
-
-    def _ask_for_replay(self, request: LiveRequest) -> None:
-        facts, done = request.facts, len(request.tokens)
-        arrives = replace(
-            facts,
-            num_prompt_tokens=facts.num_prompt_tokens + done,
-            max_tokens=max(1, facts.max_tokens - done),
-            is_replay=True,
-        )
-        self._carry_out(self.scheduler.arrived(arrives, self.clock()))
-
-    async def _replay_at(self, request: LiveRequest, destination: InstanceId) -> None:
-        """See the request through to running again."""
-        ok = False
-        with contextlib.suppress(ArrieroError):
-            report = await self.migrations.start(
-                request, destination, mode=MigrationMode.RECOMPUTE, cause="instance lost", source=None
-            )
-            # Its new instance may have died in the same turn of the loop.
-            ok = report.ok and self._route_state(request) is not InstanceState.DEAD
-        if ok or self.requests.get(request.request_id) is not request:
-            self._replaying.pop(request.request_id, None)
-        else:
-            self._carry_out(self.scheduler.ended(request.request_id, self.clock()))
-            await self._replay_later(request)
-
-    async def _replay_later(self, request: LiveRequest) -> None:
-        await asyncio.sleep(REPLAY_RETRY_S)
-        if self.requests.get(request.request_id) is not request:
-            self._replaying.pop(request.request_id, None)
-        elif self.clock() < self._replaying[request.request_id]:
-            self._ask_for_replay(request)
-        else:
-            self._lose(request, f"no instance took it within {REPLAY_DEADLINE_S:.0f} s")
+        if self.requests.get(request.request_id) is request:
+            self.replays.replay(request)
 
     def _lose(self, request: LiveRequest, reason: str) -> None:
-        self._replaying.pop(request.request_id, None)
-        if self._end_request(request.request_id, "lost") is not None:
-            logger.error("request %s is lost: %s", request.request_id, reason)
-            self.deliver(self.links.codec.error_outputs(request.route or 0, [request.request_id]))
-
-    def _route_state(self, request: LiveRequest) -> InstanceState | None:
-        return None if request.route is None else self.instances[request.route].state
-
-    def _replay_ended(self, request: LiveRequest, report: MigrationReport) -> None:
-        if not report.ok:
-            logger.warning("replay of %s at instance %d: %s", report.request_id, report.destination, report.reason)
+        """Nothing more can be done for a request: its client gets an error."""
+        request_id = request.request_id
+        if self._end_request(request_id, "lost") is None:
+            return
+        logger.error("request %s is lost: %s", request_id, reason)
+        self._abort_where_it_runs(request)
+        self.deliver(self.links.codec.error_outputs(request.route or 0, [request_id]))
 
     # ------------------------------------------------------------------ what a user sees
 
     def describe_instances(self) -> list[dict[str, Any]]:
         """For ``GET /instances``."""
-        return [self._describe(i) for i in self.instances]
-
-    def _describe(self, instance: Instance) -> dict[str, Any]:
-        snapshot = self.scheduler.snapshot_of(instance.instance_id)
-        load: dict[str, Any] = dict.fromkeys(LOAD_FIELDS)
-        if snapshot is not None:
-            load = {
-                "running": snapshot.num_running,
-                "waiting": snapshot.num_waiting,
-                "blocks_used": snapshot.num_blocks - snapshot.num_free_blocks,
-                "blocks_total": snapshot.num_blocks,
-                "block_size": snapshot.block_size,
-                "preemptions": snapshot.num_preemptions,
-                "incoming": sum(r.phase is Phase.INCOMING for r in snapshot.requests),
-                "freeness": _finite(self.scheduler.freeness(instance.instance_id)),
-            }
-        return {
-            "id": instance.instance_id,
-            "pid": instance.pid,
-            "host": instance.host,
-            "state": instance.state.value,
-            "stage": instance.stage,
-            **load,
-        }
+        return describe_instances(self.instances, self.scheduler)
 
     def describe_requests(self) -> list[dict[str, Any]]:
         """For ``GET /requests``."""
-        phases = {
-            (r.request_id, i.instance_id): r.phase
-            for i in self.instances
-            if (snapshot := self.scheduler.snapshot_of(i.instance_id)) is not None
-            for r in snapshot.requests
-        }
-        return [
-            {
-                "id": r.request_id,
-                "client_id": r.external_id,
-                "instance": r.route,
-                "state": "moving" if self.migrations.is_moving(r.request_id) else _phase(phases, r),
-                "prompt_tokens": r.facts.num_prompt_tokens,
-                "output_tokens": len(r.tokens),
-                "priority": r.facts.priority,
-                "moves": r.num_moves,
-                "paused_ms": round(1e3 * r.paused_s, 3),
-                "age_s": round(self.clock() - r.arrived_s, 3),
-                "unmovable": r.facts.unmovable,
-            }
-            for r in self.requests
-        ]
+        return describe_requests(self.requests, self.instances, self.scheduler, self.migrations, self.clock())
 
     def check_integrity(self) -> None:
         """Raise ProtocolError if a request is routed to an instance that is not there."""
         for request in self.requests:
-            state = self._route_state(request)
-            if state is InstanceState.DEAD and not self.migrations.is_moving(request.request_id):
-                logger.debug("request %s waits for a replay", request.request_id)
-            elif state is InstanceState.STARTING:
-                raise ProtocolError(f"request {request.request_id} is routed to starting instance {request.route}")
-
-
-def _finite(freeness: float) -> float | None:
-    """JSON has no infinity: a draining instance has no freeness."""
-    return round(freeness, 3) if math.isfinite(freeness) else None
-
-
-def _phase(phases: dict[tuple[RequestId, InstanceId], Phase], request: LiveRequest) -> str:
-    if request.route is None:
-        return "queued"
-    phase = phases.get((request.request_id, request.route))
-    return phase.value if phase is not None else ("running" if request.tokens else "waiting")
-
-
-def _flat(report: MigrationReport) -> dict[str, Any]:
-    fields = report.as_dict()
-    fields["num_stages"] = len(fields.pop("stages"))
-    return {k: v for k, v in fields.items() if k != "pause_s"}
+            route, request_id = request.route, request.request_id
+            if route is None or self.migrations.is_moving(request_id) or request_id in self.replays:
+                continue
+            if self.instances.is_dead(route) or not self.instances[route].serves:
+                raise ProtocolError(f"request {request_id} is routed to instance {route}, which does not serve")

@@ -1,20 +1,26 @@
-"""The instances of this front end: who is starting, ready or dead, and their processes."""
+"""The instances of this front end: who is starting, ready, draining or dead, and their processes."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from arriero.core.errors import LaunchError, NotFoundError
+from arriero.core.restarts import Place
 from arriero.core.types import InstanceId, InstanceState
 from arriero.launch.port import Launcher, LaunchSpec
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str], None]
+MakeSpec = Callable[[InstanceId, Place], LaunchSpec]
+
+MAX_DEAD = 20
+"""So many of the dead are remembered, for people."""
 
 
 @dataclass(slots=True)
@@ -24,10 +30,19 @@ class Instance:
     instance_id: InstanceId
     pid: int
     host: str
+    place: Place
     state: InstanceState
     started_s: float
-    stage: str = "starting"
+    stage: str = "starting"  #: of its start-up; once it is dead: how that came
+    replaces: InstanceId | None = None
+    replaced_by: InstanceId | None = None
     ready_payload: bytes = b""
+    is_ending: bool = False  #: on our order
+
+    @property
+    def serves(self) -> bool:
+        """Whether requests may run there."""
+        return self.state in (InstanceState.READY, InstanceState.DRAINING)
 
 
 class Instances:
@@ -36,17 +51,24 @@ class Instances:
     def __init__(
         self,
         launcher: Launcher,
+        make_spec: MakeSpec,
         *,
         on_joined: Callable[[Instance], None],
         on_lost: Callable[[Instance, int], None],
+        on_left: Callable[[Instance], None],
+        on_drain_asked: Callable[[InstanceId], None],
         progress: Progress,
     ) -> None:
+        self.make_spec = make_spec  #: of the next launches
         self._launcher = launcher
         self._on_joined = on_joined
         self._on_lost = on_lost
+        self._on_left = on_left
+        self._on_drain_asked = on_drain_asked
         self._progress = progress
         self._instances: dict[InstanceId, Instance] = {}
         self._starting: dict[InstanceId, asyncio.Future[Instance]] = {}
+        self._ends: dict[InstanceId, asyncio.Future[int]] = {}
         self._next_id = 0
         self._closing = False
 
@@ -61,20 +83,76 @@ class Instances:
         return found
 
     def ready_ids(self) -> list[InstanceId]:
-        """Instances that serve."""
+        """Instances that serve and take new requests."""
         return [i.instance_id for i in self if i.state is InstanceState.READY]
 
-    def launch(self, make_spec: Callable[[InstanceId], LaunchSpec]) -> asyncio.Future[Instance]:
-        """Start one more instance; the future is done when it is ready, or raises LaunchError."""
+    def is_dead(self, instance: InstanceId) -> bool:
+        """Whether it has ended; also of one that is forgotten."""
+        found = self._instances.get(instance)
+        return found is None or found.state is InstanceState.DEAD
+
+    def replacement_of(self, dead: Instance) -> Instance:
+        """What was started in its place; itself, if nothing could be."""
+        return dead if dead.replaced_by is None else self[dead.replaced_by]
+
+    # ------------------------------------------------------------------ starting
+
+    def launch(self, *, place: Place | None = None, replaces: InstanceId | None = None) -> asyncio.Future[Instance]:
+        """Start one more instance; the future is done when it is ready, or raises LaunchError.
+
+        ``place`` None: the first one where nobody is. Raises LaunchError at once if there is no process at all.
+        """
+        if self._closing:
+            raise LaunchError("no instance is started any more: the server ends")
+        if place is None:
+            place = self._free_place()
         instance_id, self._next_id = self._next_id, self._next_id + 1
         future: asyncio.Future[Instance] = asyncio.get_running_loop().create_future()
-        launched = self._launcher.start(instance_id, make_spec(instance_id), self)
+        launched = self._launcher.start(instance_id, self.make_spec(instance_id, place), self)
         self._instances[instance_id] = Instance(
-            instance_id, launched.pid, launched.host, InstanceState.STARTING, time.monotonic()
+            instance_id=instance_id,
+            pid=launched.pid,
+            host=launched.host,
+            place=place,
+            state=InstanceState.STARTING,
+            started_s=time.monotonic(),
+            replaces=replaces,
         )
+        if replaces in self._instances:
+            self._instances[replaces].replaced_by = instance_id
         self._starting[instance_id] = future
-        self._progress(f"instance {instance_id}: starting (pid {launched.pid})")
+        self._ends[instance_id] = asyncio.get_running_loop().create_future()
+        in_place_of = "" if replaces is None else f", in place of instance {replaces}"
+        self._progress(f"instance {instance_id}: starting (pid {launched.pid}{in_place_of})")
+        self._forget_old_dead()
         return future
+
+    def _free_place(self) -> Place:
+        taken = {i.place for i in self if i.state is not InstanceState.DEAD}
+        return next(place for place in range(len(taken) + 1) if place not in taken)
+
+    def _forget_old_dead(self) -> None:
+        dead = [i.instance_id for i in self if i.state is InstanceState.DEAD]
+        for instance in dead[:-MAX_DEAD]:
+            del self._instances[instance]
+
+    # ------------------------------------------------------------------ ending
+
+    def drain(self, instance: InstanceId) -> None:
+        """It serves on, and takes nothing new."""
+        self[instance].state = InstanceState.DRAINING
+
+    def end(self, instance: InstanceId) -> asyncio.Future[int]:
+        """Order it to end; the future has its exit code."""
+        self[instance].is_ending = True
+        self._launcher.end(instance)
+        return self._ends[instance]
+
+    def kill(self, instance: InstanceId, why: str) -> None:
+        """Kill it; what follows is the same as if it had died by itself."""
+        logger.error("instance %d is killed: %s", instance, why)
+        self[instance].stage = why
+        self._launcher.kill(instance)
 
     def close(self, timeout_s: float) -> None:
         """End every instance. Blocking; safe from any thread."""
@@ -90,6 +168,11 @@ class Instances:
             return  # it is ready once it serves, see on_snapshot
         record.stage = stage
         self._progress(f"instance {instance}: {stage} ({time.monotonic() - record.started_s:.0f} s)")
+
+    def on_drain_asked(self, instance: InstanceId) -> None:
+        """An operator wants it to end (from the launcher)."""
+        if not self._closing:
+            self._on_drain_asked(instance)
 
     def on_ready(self, instance: InstanceId, payload: bytes) -> None:
         """It has connected (from the links)."""
@@ -115,6 +198,7 @@ class Instances:
         """Its process is gone (from the launcher)."""
         record = self._instances[instance]
         was, record.state = record.state, InstanceState.DEAD
+        self._ends.pop(instance).set_result(returncode)
         if self._closing:
             return
         future = self._starting.pop(instance, None)
@@ -125,6 +209,18 @@ class Instances:
                     "its log above says why"
                 )
             )
-        if was is not InstanceState.STARTING:
+        if was is InstanceState.STARTING:
+            record.stage = f"did not start: {_how(returncode)}"
+        elif record.is_ending:
+            record.stage = "drained"
+            self._progress(f"instance {instance}: ended")
+            self._on_left(record)
+        else:
+            record.stage = _how(returncode) if record.stage == "ready" else record.stage
             logger.error("instance %d ended unexpectedly (exit code %d)", instance, returncode)
             self._on_lost(record, returncode)
+
+
+def _how(returncode: int) -> str:
+    """An exit code in words."""
+    return f"killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"exit code {returncode}"

@@ -44,6 +44,9 @@ class Codec(Protocol):
     def decode_outputs(self, frames: Sequence[Any]) -> Any:
         """An object with ``engine_index``, ``outputs``, ``utility_output``, ``scheduler_stats``."""
 
+    def is_self_contained(self, request: Any) -> bool:
+        """Whether an instance that has never heard of the request could run it from this message alone."""
+
     def error_outputs(self, engine_index: int, request_ids: Sequence[RequestId]) -> Any:
         """Outputs that end these requests with an error."""
 

@@ -11,13 +11,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 
 from arriero.core.errors import LaunchError
 from arriero.core.types import InstanceId
-from arriero.launch.child import CORES_ENV, STATUS_FD_ENV
+from arriero.launch.child import CORES_ENV, END_SIGNAL, STATUS_FD_ENV
 from arriero.launch.leftovers import reclaim, shared_memory_of_group
 from arriero.launch.port import Launched, LaunchEvents, LaunchSpec
 
@@ -28,6 +30,7 @@ class _Child:
     pidfd: int
     status_fd: int
     status_buffer: bytes = b""
+    left: set[Path] = field(default_factory=set)  # shared memory that it had when it was killed
 
 
 class LocalLauncher:
@@ -37,8 +40,9 @@ class LocalLauncher:
     its parent *thread*.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sweep: Callable[[], object] = lambda: None) -> None:
         self._children: dict[InstanceId, _Child] = {}
+        self._sweep = sweep  #: reclaims what processes leave that have ended; called after each end
 
     def start(self, instance: InstanceId, spec: LaunchSpec, events: LaunchEvents) -> Launched:
         """See :class:`~arriero.launch.port.Launcher`."""
@@ -69,6 +73,20 @@ class LocalLauncher:
         loop.add_reader(child.status_fd, self._status, loop, instance, child, events)
         return Launched(pid=process.pid, host=socket.gethostname())
 
+    def end(self, instance: InstanceId) -> None:
+        """See :class:`~arriero.launch.port.Launcher`."""
+        child = self._children.get(instance)
+        if child is not None and child.process.poll() is None:
+            child.process.send_signal(END_SIGNAL)
+
+    def kill(self, instance: InstanceId) -> None:
+        """See :class:`~arriero.launch.port.Launcher`."""
+        child = self._children.get(instance)
+        if child is not None and child.process.returncode is None:  # not collected yet: its group is its own
+            child.left |= shared_memory_of_group(child.process.pid)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.process.pid, signal.SIGKILL)
+
     def stop(self, instance: InstanceId, timeout_s: float) -> None:
         """See :class:`~arriero.launch.port.Launcher`."""
         child = self._children.get(instance)
@@ -83,14 +101,14 @@ class LocalLauncher:
     def _stop(children: list[_Child], timeout_s: float) -> None:
         for child in children:
             if child.process.poll() is None:
-                child.process.terminate()
+                child.process.send_signal(END_SIGNAL)
         deadline = time.monotonic() + timeout_s
         for child in children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(max(0.0, deadline - time.monotonic()))
         for child in children:
             # The group outlives its leader if a worker hangs.
-            left = shared_memory_of_group(child.process.pid)
+            left = child.left | shared_memory_of_group(child.process.pid)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.process.pid, signal.SIGKILL)
             child.process.wait()
@@ -106,6 +124,7 @@ class LocalLauncher:
         os.close(child.status_fd)
         if self._children.get(instance) is child:
             del self._children[instance]
+        self._sweep()
         events.on_exit(instance, child.process.returncode)
 
     @staticmethod
@@ -119,5 +138,11 @@ class LocalLauncher:
             return
         *lines, child.status_buffer = (child.status_buffer + data).split(b"\n")
         for line in lines:
-            with contextlib.suppress(msgspec.MsgspecError, KeyError, TypeError):
-                events.on_status(instance, str(msgspec.json.decode(line)["stage"]))
+            try:
+                news = msgspec.json.decode(line, type=dict)
+            except msgspec.MsgspecError:
+                continue
+            if "stage" in news:
+                events.on_status(instance, str(news["stage"]))
+            elif news.get("asks") == "drain":
+                events.on_drain_asked(instance)

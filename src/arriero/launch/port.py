@@ -33,18 +33,27 @@ class LaunchEvents(Protocol):
     def on_status(self, instance: InstanceId, stage: str) -> None:
         """The instance reports how far its start-up is."""
 
+    def on_drain_asked(self, instance: InstanceId) -> None:
+        """The process was told to end (SIGTERM), and asks to be emptied first."""
+
     def on_exit(self, instance: InstanceId, returncode: int) -> None:
         """The process is gone."""
 
 
 class Launcher(Protocol):
-    """Complete because an instance is only started, watched and stopped."""
+    """Complete because an instance is only started, watched and ended, one way or the other."""
 
     def start(self, instance: InstanceId, spec: LaunchSpec, events: LaunchEvents) -> Launched:
         """Start an instance. Raises LaunchError."""
 
+    def end(self, instance: InstanceId) -> None:
+        """Order it to end, and return. Idempotent."""
+
+    def kill(self, instance: InstanceId) -> None:
+        """Kill it with all its children, and return. Idempotent."""
+
     def stop(self, instance: InstanceId, timeout_s: float) -> None:
-        """Ask it to end, wait, then kill it with all its children. Blocking, idempotent."""
+        """Order it to end, wait, then kill it with all its children. Blocking, idempotent."""
 
     def stop_all(self, timeout_s: float) -> None:
         """The same for all instances, at the same time. Thread-safe."""

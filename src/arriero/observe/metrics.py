@@ -28,6 +28,12 @@ class Metrics:
         self.policy_failures = Counter(
             "arriero_policy_failures", "Decisions that a policy failed to make", ["policy"], registry=registry
         )
+        self.drain_seconds = Histogram(
+            "arriero_drain_seconds",
+            "From the order to drain an instance until its process is gone",
+            buckets=(0.5, 1, 2, 5, 10, 30, 60, 120, 300),
+            registry=registry,
+        )
         self.dispatch_seconds = Histogram(
             "arriero_dispatch_seconds",
             "Time to choose an instance and send the request",

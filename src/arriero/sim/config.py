@@ -33,6 +33,8 @@ class SimEngineConfig:
     prefix_caching: bool = False  #: for the simulator: full blocks of equal prefixes are computed once
     eos_probability: float = 0.0  #: of each token, unless the request ignores the end
     eos_token_id: int = 2
+    crash_token_id: int = -1  #: the engine dies when it computes this token, as real ones do of some requests
+    crash_length: int = 0  #: the engine dies when a sequence reaches so many tokens; 0: never
     step_time: StepTimeModel = field(default_factory=StepTimeModel)
 
     def __post_init__(self) -> None:

@@ -58,6 +58,7 @@ class SimEngine:
         self.copier = make_copier(self.held.pool)
         self._instance = instance
         self._copy = copy or CopyConfig()
+        self._copy_share = self._copy.copy_share
         self._model = SimModel(config, self.held.pool)
         self._step: PlannedStep | None = None
 
@@ -265,7 +266,11 @@ class SimEngine:
     def _share(self, request_id: RequestId) -> float:
         """Share of the time for a copy: all of it if nobody else decodes here."""
         others = any(s.request_id != request_id for s in self.held.batch.running)
-        return self._copy.copy_share if others else 1.0
+        return self._copy_share if others else 1.0
+
+    def set_copy_share(self, share: float | None) -> None:
+        """Share of the time for copies while others decode; None: as configured."""
+        self._copy_share = self._copy.copy_share if share is None else share
 
     # ------------------------------------------------------------------ reports
 

@@ -23,7 +23,14 @@ from typing import Any
 import psutil
 
 from arriero.core.commands import Command
-from arriero.core.config import CopyConfig, MigrationConfig, RebalancingConfig, SchedulerConfig
+from arriero.core.config import (
+    CopyConfig,
+    DrainConfig,
+    MigrationConfig,
+    RebalancingConfig,
+    RecoveryConfig,
+    SchedulerConfig,
+)
 from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, InstanceState, MigrationMode, RequestId
 from arriero.frontend.cluster import Cluster
 from arriero.frontend.instances import Instance
@@ -43,6 +50,9 @@ POLL_S = 0.005
 
 ENGINE: dict[str, Any] = {"num_blocks": 512, "block_size": 8, "block_bytes": 256, "time_scale": 0.1}
 MIGRATION = MigrationConfig(retry_s=0.2)
+RECOVERY = RecoveryConfig(restart=False, no_instance_timeout_s=WAIT_S)
+"""Who dies stays dead: a test launches by itself."""
+DRAIN = DrainConfig()
 COPY = CopyConfig(stage_bytes=4096, slice_bytes=1024)  # 16 blocks a stage: some stages even for short requests
 
 HELD = ("requests", "frozen", "parked", "reserved", "open", "staged")
@@ -98,6 +108,18 @@ class Stream:
         return None
 
 
+def facts_of(request: EngineCoreRequest) -> Dispatchable:
+    """What the scheduler needs to know of a request."""
+    job = to_job(request)
+    return Dispatchable(
+        request_id=request.request_id,
+        num_prompt_tokens=len(job.prompt_token_ids),
+        max_tokens=job.max_tokens or 1,
+        priority=job.priority,
+        unmovable=job.unmovable,
+    )
+
+
 class _Errors(logging.Handler):
     """Errors that the front end only logs."""
 
@@ -120,6 +142,8 @@ class Fleet:
         engine: dict[str, Any] | None = None,
         migration: MigrationConfig = MIGRATION,
         rebalancing: RebalancingConfig | None = None,
+        recovery: RecoveryConfig = RECOVERY,
+        drain: DrainConfig = DRAIN,
     ) -> None:
         self.prefix = f"arriero-fleet-{os.getpid()}-{next(_prefixes)}"
         self.engine = {**ENGINE, **(engine or {})}
@@ -128,7 +152,7 @@ class Fleet:
         self.snapshots: list[InstanceSnapshot] = []  #: all that arrived since the last :meth:`forget`
         self.wrong: list[str] = []  #: outputs that nobody should get
         self.progress: list[str] = []
-        self._folder = folder
+        self.folder = folder
         self._migration = migration
         self._numbers = itertools.count()
         self._errors = _Errors()
@@ -140,10 +164,17 @@ class Fleet:
         self.faults = Faults(self.links)
         self.cluster = Cluster(
             links=self.links,
-            launcher=LocalLauncher(),
-            make_spec=lambda instance: self.spec(instance),  # a test may put its own in place
-            scheduler=SchedulerConfig(dispatch_policy=policy, rebalancing=rebalancing),
+            launcher=LocalLauncher(lambda: sweep(self.prefix)),
+            make_spec=lambda instance, place: self.spec(instance),  # a test may put its own in place
+            scheduler=SchedulerConfig(
+                dispatch_policy=policy,
+                rebalancing=rebalancing,
+                no_instance_timeout_s=recovery.no_instance_timeout_s,
+                tick_s=0.05,
+                drain=drain,
+            ),
             migration=migration,
+            recovery=recovery,
             deliver=self._deliver,
             progress=self.progress.append,
         )
@@ -202,15 +233,7 @@ class Fleet:
 
     def submit_request(self, request: EngineCoreRequest) -> Stream:
         """A client with a request of its own making."""
-        job = to_job(request)
-        facts = Dispatchable(
-            request_id=request.request_id,
-            num_prompt_tokens=len(job.prompt_token_ids),
-            max_tokens=job.max_tokens or 1,
-            priority=job.priority,
-            unmovable=job.unmovable,
-        )
-        self.cluster.submit(request, facts, request.external_req_id or request.request_id)
+        self.cluster.submit(request, facts_of(request), request.external_req_id or request.request_id)
         stream = Stream(request, self.cluster.requests.get(request.request_id))
         self.streams[request.request_id] = stream
         return stream
@@ -268,7 +291,7 @@ class Fleet:
     async def launch(self, num_instances: int = 1) -> list[Instance]:
         """More instances."""
         async with asyncio.timeout(WAIT_S):
-            return await asyncio.gather(*[self.cluster.instances.launch(self.spec) for _ in range(num_instances)])
+            return await asyncio.gather(*[self.cluster.instances.launch() for _ in range(num_instances)])
 
     def signal(self, number: signal.Signals, *instances: InstanceId) -> None:
         """To every process of the instances."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from arriero.sim.blocks import BlockPool
 from arriero.sim.config import SimEngineConfig
 from arriero.sim.sequence import FinishReason, Job, Sequence
@@ -18,11 +20,17 @@ class SimModel:
     def compute(self, sequence: Sequence, num_tokens: int) -> None:
         """Write the entries of the next tokens; the chain goes on from what stands in the blocks."""
         first, end = sequence.num_computed, sequence.num_computed + num_tokens
+        self._crash_if_poisoned(sequence.tokens(first, end), end)
         if self._config.with_contents:
             request_id = sequence.request_id
             previous = int(self._pool.read(request_id, first - 1, first)[0]) if first else 0
             self._pool.write(request_id, first, chain(previous, sequence.tokens(first, end)))
         sequence.num_computed = end
+
+    def _crash_if_poisoned(self, tokens: Collection[int], length: int) -> None:
+        config = self._config
+        if config.crash_token_id in tokens or length == config.crash_length:
+            raise RuntimeError(f"crash_token_id={config.crash_token_id} or crash_length={config.crash_length} was met")
 
     def sample(self, sequence: Sequence) -> tuple[int, FinishReason | None, int | None]:
         """Append the next token; returns it, why the sequence ends with it if so, and the stop token if any."""

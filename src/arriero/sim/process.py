@@ -8,14 +8,13 @@ steps, as in vLLM, or as it arrives with ``async_scheduling``.
 from __future__ import annotations
 
 import queue
-import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from arriero.launch.child import adopt_parent, report_stage
+from arriero.launch.child import adopt_parent, end_on_signals, report_stage
 
 if __name__ == "__main__":
     _PAYLOAD = adopt_parent()
@@ -209,6 +208,8 @@ class SimInstance:
                 return False
             case "list_loras":
                 return []
+            case "arriero_copy_share":
+                self._engine.set_copy_share(args[0])
             case "arriero_check":
                 self._engine.check_integrity()
                 self._llumlet.check_integrity()
@@ -276,7 +277,7 @@ def _on_wire(token: TokenOutput) -> EngineCoreOutput:
 
 
 def main(payload: bytes) -> None:
-    """Entry of the process: serve until SIGTERM, which also comes when the parent dies."""
+    """Entry of the process: serve until it is ordered to end, or the parent dies."""
     try:
         spec = SimSpec.from_json(payload)
     except ConfigError as error:
@@ -284,8 +285,7 @@ def main(payload: bytes) -> None:
     sockets = Sockets(spec)
     transport = SharedMemoryTransport(spec.shm_prefix)
     instance = SimInstance(spec, sockets, transport)
-    signal.signal(signal.SIGTERM, lambda *_: instance.stop())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_on_signals(instance.stop)
     try:
         instance.run()
     finally:

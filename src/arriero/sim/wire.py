@@ -172,6 +172,10 @@ class SimCodec:
         """What an instance sent."""
         return _decode(_outputs, frames[0])  # type: ignore[no-any-return]
 
+    def is_self_contained(self, request: Any) -> bool:
+        """A prompt is all there is."""
+        return True
+
     def error_outputs(self, engine_index: int, request_ids: Sequence[RequestId]) -> EngineCoreOutputs:
         """Outputs that end these requests with an error."""
         outputs = [EngineCoreOutput(r, [], finish_reason=FinishReason.ERROR) for r in request_ids]

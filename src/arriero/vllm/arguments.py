@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from arriero.core.config import CopyConfig, MigrationConfig, RebalancingConfig, SchedulerConfig
+from arriero.core.config import CopyConfig, MigrationConfig, RebalancingConfig, RecoveryConfig, SchedulerConfig
 from arriero.core.dispatch import make_dispatch_policy
 from arriero.core.errors import ConfigError
 from arriero.vllm.compat import FlexibleArgumentParser, make_arg_parser, validate_parsed_serve_args
@@ -25,6 +25,14 @@ class OneLineParser(FlexibleArgumentParser):
         sys.exit(2)
 
 
+class RaisingParser(FlexibleArgumentParser):
+    """For arguments that come while the server runs."""
+
+    def error(self, message: str) -> NoReturn:
+        """See the class."""
+        raise ConfigError(_one_line(message))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
     """Our own options, checked."""
@@ -34,6 +42,7 @@ class ServeOptions:
     scheduler: SchedulerConfig
     migration: MigrationConfig
     copy: CopyConfig
+    recovery: RecoveryConfig
     event_log: Path | None
     pin_cores: bool
 
@@ -42,14 +51,15 @@ def _one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
-def make_parser() -> OneLineParser:
+def make_parser(kind: type[FlexibleArgumentParser] = OneLineParser) -> FlexibleArgumentParser:
     """The parser of `arriero serve`."""
-    parser = OneLineParser(
+    parser = kind(
         prog="arriero serve",
         description="OpenAI-compatible server over several vLLM instances that moves requests while they run. "
         "Takes every option of `vllm serve`, and these of its own:",
     )
     defaults, migration, copy = RebalancingConfig(), MigrationConfig(), CopyConfig()
+    recovery = RecoveryConfig()
     group = parser.add_argument_group("arriero")
     group.add_argument("--instances", type=int, default=2, help="vLLM instances to start (default: 2)")
     group.add_argument(
@@ -82,6 +92,31 @@ def make_parser() -> OneLineParser:
         "--migration-timeout", type=float, default=migration.timeout_s, help="seconds until a migration gives up"
     )
     group.add_argument(
+        "--restart",
+        action=argparse.BooleanOptionalAction,
+        default=recovery.restart,
+        help="replace an instance that died (default: --restart)",
+    )
+    group.add_argument(
+        "--hang-timeout",
+        type=float,
+        default=recovery.hang_timeout_s,
+        help="seconds without a sign of life after which an instance is killed; must be longer than any step; 0: never "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-replays",
+        type=int,
+        default=recovery.max_replays,
+        help="how often a request is tried again whose instances die of it (default: %(default)s)",
+    )
+    group.add_argument(
+        "--no-instance-timeout",
+        type=float,
+        default=recovery.no_instance_timeout_s,
+        help="seconds that requests wait for an instance when there is none (default: %(default)s)",
+    )
+    group.add_argument(
         "--engine",
         choices=("vllm", "sim"),
         default="vllm",
@@ -91,13 +126,15 @@ def make_parser() -> OneLineParser:
     group.add_argument(
         "--no-pin", dest="pin_cores", action="store_false", help="do not pin CPU instances to cores of their own"
     )
-    return make_arg_parser(parser)  # type: ignore[no-any-return]
+    return make_arg_parser(parser)
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, ServeOptions]:
+def parse(
+    argv: list[str], parser: type[FlexibleArgumentParser] = OneLineParser
+) -> tuple[argparse.Namespace, ServeOptions]:
     """vLLM's arguments and ours. Raises ConfigError; unknown flags exit with 2."""
     try:
-        args = make_parser().parse_args(argv)
+        args = make_parser(parser).parse_args(argv)
     except Exception as error:
         if "--config" not in argv:
             raise
@@ -132,10 +169,13 @@ def _options(args: argparse.Namespace) -> ServeOptions:
         num_instances=args.instances,
         engine=args.engine,
         scheduler=SchedulerConfig(
-            dispatch_policy=args.dispatch_policy, rebalancing=rebalancing if args.rebalance else None
+            dispatch_policy=args.dispatch_policy,
+            rebalancing=rebalancing if args.rebalance else None,
+            no_instance_timeout_s=args.no_instance_timeout,
         ),
         migration=MigrationConfig(timeout_s=args.migration_timeout),
         copy=CopyConfig(copy_share=args.migration_share),
+        recovery=RecoveryConfig(restart=args.restart, hang_timeout_s=args.hang_timeout, max_replays=args.max_replays),
         event_log=args.event_log,
         pin_cores=args.pin_cores,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -39,15 +40,19 @@ class ClusterClient(AsyncMPClient):
         for instance in cluster.instances:
             self._apply_ready_response(instance.ready_payload)
         cluster.deliver = self._deliver
+        self._loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
         self.forget: Callable[[list[str]], Any] = lambda request_ids: None
         """Told of requests that found no instance: vLLM's output processor has taken them before it asks here."""
 
     # ------------------------------------------------------------------ requests
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
-        """Dispatch a request to an instance; clients get HTTP 503 if none is ready."""
+        """Dispatch a request, once there is an instance; clients get HTTP 503 if none comes in time."""
         try:
-            self.cluster.submit(request, facts_of(request), request.external_req_id or request.request_id)
+            await self.cluster.admit(request, facts_of(request), request.external_req_id or request.request_id)
+        except asyncio.CancelledError:
+            self.forget([request.request_id])
+            raise
         except UnavailableError as error:
             self.forget([request.request_id])
             raise GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from error
@@ -91,10 +96,16 @@ class ClusterClient(AsyncMPClient):
     # ------------------------------------------------------------------ end
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """End all instances; called from any thread, more than once."""
-        if not self.resources.engine_dead:
-            self.resources.engine_dead = True
-            self.cluster.close(timeout if timeout else SHUTDOWN_GRACE_S)
+        """End all instances; called from any thread, more than once.
+
+        ``timeout``: vLLM's --shutdown-timeout, seconds for which requests may run on; 0 or None: they are cut at once.
+        """
+        if self.resources.engine_dead:
+            return
+        if self._loop.is_running() and threading.get_ident() != self._loop_thread:
+            asyncio.run_coroutine_threadsafe(self.cluster.shutdown.run(timeout or 0.0), self._loop).result()
+        self.resources.engine_dead = True
+        self.cluster.close(SHUTDOWN_GRACE_S)
 
 
 def facts_of(request: EngineCoreRequest) -> Dispatchable:

@@ -24,6 +24,10 @@ class VllmCodec:
         """An ``EngineCoreOutputs``."""
         return self._decoder.decode(frames)
 
+    def is_self_contained(self, request: Any) -> bool:
+        """Not if a multimodal input is named only, since the front end has sent it before."""
+        return all(feature.data is not None for feature in request.mm_features or ())
+
     def error_outputs(self, engine_index: int, request_ids: Sequence[RequestId]) -> Any:
         """Outputs that end requests with FinishReason.ERROR, which clients see as HTTP 500."""
         outputs = [EngineCoreOutput(r, [], finish_reason=FinishReason.ERROR) for r in request_ids]

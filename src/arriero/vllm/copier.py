@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from arriero.core.config import CopyConfig
 from arriero.core.engine_port import Export
 from arriero.core.errors import TransportError
 from arriero.core.types import MigrationId, RequestId
+from arriero.launch.leftovers import FOLDER
 from arriero.vllm.worker import CopyDone, CopyJob, RestOfImport
 
 Copied = Callable[[MigrationId, Export | None, str | None], None]
@@ -29,7 +31,7 @@ class Copier:
 
     def __init__(self, collective_rpc: Callable[..., list[Any]], *, prefix: str, config: CopyConfig) -> None:
         self._rpc = collective_rpc
-        self._folder = tempfile.TemporaryDirectory(prefix="arriero-")
+        self._folder = tempfile.TemporaryDirectory(prefix=f"{FOLDER}{os.getpid()}-")
         orders = f"ipc://{Path(self._folder.name) / 'orders'}"
         reports = f"ipc://{Path(self._folder.name) / 'reports'}"
         self._context = zmq.Context()

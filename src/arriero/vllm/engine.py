@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import pickle
 import queue
-import signal
 import sys
 import threading
 import time
@@ -18,9 +17,10 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from arriero.launch.child import adopt_parent, report_stage
+from arriero.launch.child import END_SIGNAL, adopt_parent, end_on_signals, report_stage
 
 if __name__ == "__main__":
     _PAYLOAD = adopt_parent()
@@ -31,6 +31,7 @@ from arriero.core.engine_port import Export
 from arriero.core.llumlet import Llumlet
 from arriero.core.messages import Answer
 from arriero.core.types import InstanceId, MigrationId
+from arriero.launch.leftovers import note_shared_memory
 from arriero.vllm.compat import (
     EngineCoreOutputs,
     EngineCoreProc,
@@ -216,9 +217,13 @@ class ArrieroEngineCore(EngineCoreProc):
         self._llumlet.check_integrity()
         return {**self._port.holdings(), "open": self._llumlet.open_migrations()}
 
+    def arriero_copy_share(self, share: float | None) -> None:
+        """The share of the time that copying may take while others decode; None: as configured."""
+        self._port.set_copy_share(share)
+
     def arriero_stop(self) -> None:
-        """End as if SIGTERM had come."""
-        os.kill(os.getpid(), signal.SIGTERM)
+        """End now."""
+        os.kill(os.getpid(), END_SIGNAL)
 
     def _push_snapshot(self, *, force: bool) -> None:
         now = time.monotonic()
@@ -244,16 +249,18 @@ def run(spec: EngineSpec) -> None:
     maybe_register_config_serialize_by_value()
     set_process_title(f"arriero-instance-{spec.instance}")
     decorate_logs(f"Instance{spec.instance}")
+    spec.vllm_config.shutdown_timeout = 0  # the front end has waited for what was to be waited for
     parallel = spec.vllm_config.parallel_config
     parallel.data_parallel_index = spec.instance
     parallel.reconfigure_for_independent_dp_rank()
     report_stage("loading the model")
     engine = ArrieroEngineCore(spec)
-    _stop_on_sigterm(engine)
+    _end_on_signals(engine)
     try:
         engine.open_llumlet()
         report_stage("warming up")
         warm_up(engine)
+        note_shared_memory(Path(spec.input_address.removeprefix("ipc://")).parent, os.getpgid(0))
         engine.run_busy_loop()
     except SystemExit:
         pass
@@ -261,14 +268,13 @@ def run(spec: EngineSpec) -> None:
         engine.shutdown()
 
 
-def _stop_on_sigterm(engine: ArrieroEngineCore) -> None:
-    def stop(*_: object) -> None:
+def _end_on_signals(engine: ArrieroEngineCore) -> None:
+    def end() -> None:
         engine.shutdown_state = EngineShutdownState.REQUESTED
         # Not from the handler itself: it may have interrupted a thread that holds the queue's lock.
         threading.Thread(target=engine.input_queue.put, args=((EngineCoreRequestType.WAKEUP, None),)).start()
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_on_signals(end)
 
 
 def main(payload: bytes) -> None:

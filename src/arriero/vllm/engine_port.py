@@ -46,6 +46,7 @@ class VllmEnginePort:
         self._kv = engine.scheduler.kv_cache_manager
         self._copier = copier
         self._config = config
+        self._copy_share = config.copy_share
         self._frozen: set[RequestId] = set()
         self._parked: dict[RequestId, Request] = {}
         self._reserved: dict[RequestId, Request] = {}
@@ -323,4 +324,8 @@ class VllmEnginePort:
     def _share(self, request_id: RequestId) -> float:
         """Share of the time for a copy: all of it if nobody else decodes here."""
         others = any(r.request_id != request_id for r in self._scheduler.running)
-        return self._config.copy_share if others else 1.0
+        return self._copy_share if others else 1.0
+
+    def set_copy_share(self, share: float | None) -> None:
+        """Share of the time for copies while others decode; None: as configured."""
+        self._copy_share = self._config.copy_share if share is None else share

@@ -9,9 +9,9 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,22 @@ import uvloop
 from vllm.platforms import current_platform
 
 from arriero.core.errors import ConfigError, LaunchError
+from arriero.core.restarts import Place
 from arriero.core.types import InstanceId
 from arriero.dashboard.app import attach_dashboard
 from arriero.frontend.admin import attach_admin
 from arriero.frontend.cluster import Cluster
 from arriero.frontend.links import InstanceLinks
+from arriero.launch.leftovers import reclaim_folders, run_folder
 from arriero.launch.local import LocalLauncher
+from arriero.launch.memory import holds_one_more
 from arriero.launch.placement import split_cores, split_devices
 from arriero.launch.port import LaunchSpec
 from arriero.observe.events import EventLog
 from arriero.observe.metrics import default_metrics
 from arriero.transport.shm import sweep
 from arriero.vllm import compat
-from arriero.vllm.arguments import ServeOptions, parse
+from arriero.vllm.arguments import RaisingParser, ServeOptions, parse
 from arriero.vllm.client import SHUTDOWN_GRACE_S, ClusterClient
 from arriero.vllm.codec import VllmCodec
 from arriero.vllm.compat import (
@@ -66,7 +69,7 @@ def main(argv: list[str]) -> int:
         cli_env_setup()
         args, options = parse(argv)
         configure_logging_from_args(args)
-        return uvloop.run(_serve(args, options))
+        return uvloop.run(_serve(args, options, argv))
     except (ConfigError, LaunchError) as error:
         sys.stderr.write(f"arriero serve: {error}\n")
         return 2
@@ -81,6 +84,10 @@ def engine_config(args: argparse.Namespace, options: ServeOptions) -> Any:
     """vLLM's configuration of one instance. Raises ConfigError with vLLM's reason in one line."""
     if current_platform.is_cpu() and options.engine == "vllm":
         _share_memory(args, options.num_instances)
+    return _engine_config(args)
+
+
+def _engine_config(args: argparse.Namespace) -> Any:
     engine_args = AsyncEngineArgs.from_cli_args(args)
     try:
         return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
@@ -129,21 +136,24 @@ class InstanceSpecs:
             if options.pin_cores:
                 self._cores = split_cores(sorted(os.sched_getaffinity(0)), options.num_instances)
         elif options.engine == "vllm" and current_platform.is_cuda_alike():
-            self._devices = split_devices(_visible_devices(), options.num_instances, self._world_size)
+            devices = _visible_devices()
+            split_devices(devices, options.num_instances, self._world_size)  # raises ConfigError if they don't suffice
+            self._devices = split_devices(devices, len(devices) // self._world_size, self._world_size)
 
-    def __call__(self, instance: InstanceId) -> LaunchSpec:
-        """The specification of ``instance``."""
+    def __call__(self, instance: InstanceId, place: Place) -> LaunchSpec:
+        """The specification of ``instance``, which is to run at ``place``. Raises LaunchError if that has no device."""
         if self._options.engine == "sim":
             return LaunchSpec(module="arriero.sim.process", payload=self._sim_payload(instance))
-        place = instance % self._options.num_instances
         env = {}
         if self._devices is not None:
+            if place >= len(self._devices):
+                raise LaunchError(f"instance {instance}: all {len(self._devices)} groups of GPUs are in use")
             env[current_platform.device_control_env_var] = ",".join(self._devices[place])
         return LaunchSpec(
             module="arriero.vllm.engine",
             payload=self._vllm_payload(instance),
             env=env,
-            cores=self._cores[place] if self._cores is not None else None,
+            cores=self._cores[place % len(self._cores)] if self._cores is not None else None,
         )
 
     def _vllm_payload(self, instance: InstanceId) -> bytes:
@@ -177,6 +187,41 @@ class InstanceSpecs:
         return msgspec.json.encode(payload)
 
 
+def respec(
+    argv: Sequence[str], flags: Sequence[str], running: argparse.Namespace, addresses: tuple[str, str]
+) -> InstanceSpecs:
+    """Specifications of instances that are started with ``flags`` added to the server's own.
+
+    Raises ConfigError for what is not an instance's to choose, or is wrong.
+    """
+    args, options = parse([*argv, *flags], parser=RaisingParser)
+    args.gpu_memory_utilization = _unless_changed(args, running, "gpu_memory_utilization")
+    changed = {name for name, value in vars(args).items() if value != getattr(running, name, None)}
+    refused = sorted(changed - {field.name for field in fields(AsyncEngineArgs)} | changed & FRONT_ENDS)
+    if refused:
+        names = ", ".join("--" + name.replace("_", "-") for name in refused)
+        raise ConfigError(f"{names}: the front end depends on it too; restart the server to change it")
+    return InstanceSpecs(_engine_config(args), args, options, addresses)
+
+
+FRONT_ENDS = frozenset(
+    {"model", "tokenizer", "tokenizer_mode", "tokenizer_revision", "served_model_name", "max_model_len", "revision"}
+)
+"""Arguments of vLLM's engine that its front end has built upon."""
+
+
+def _unless_changed(args: argparse.Namespace, running: argparse.Namespace, name: str) -> Any:
+    default = getattr(AsyncEngineArgs, name)
+    return getattr(running, name) if getattr(args, name) == default else getattr(args, name)
+
+
+def _surge(cluster: Cluster) -> int:
+    """How many instances may start beside those that run: GPUs have no room for two."""
+    if current_platform.is_cuda_alike():
+        return 0
+    return int(holds_one_more(i.pid for i in cluster.instances if i.serves))
+
+
 def _visible_devices() -> list[str]:
     visible = os.environ.get(current_platform.device_control_env_var)
     if visible:
@@ -186,7 +231,7 @@ def _visible_devices() -> list[str]:
 
 @contextlib.contextmanager
 def _socket_folder() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="arriero-"))
+    folder = run_folder()
     try:
         yield folder
     finally:
@@ -194,20 +239,27 @@ def _socket_folder() -> Iterator[Path]:
 
 
 @contextlib.asynccontextmanager
-async def running_cluster(args: argparse.Namespace, options: ServeOptions, vllm_config: Any) -> AsyncIterator[Cluster]:
+async def running_cluster(
+    args: argparse.Namespace, options: ServeOptions, vllm_config: Any, argv: list[str]
+) -> AsyncIterator[Cluster]:
     """Instances started and ready; all ended at exit, whatever happens. Raises LaunchError."""
     for name in sweep(SHM_PREFIX):
         _say(f"reclaimed shared memory {name} of an earlier run")
+    for name in reclaim_folders():
+        _say(f"reclaimed {name} of an earlier run")
     with _socket_folder() as folder:
         addresses = (f"ipc://{folder / 'in'}", f"ipc://{folder / 'out'}")
         links = InstanceLinks(input_address=addresses[0], output_address=addresses[1], codec=VllmCodec())
         cluster = Cluster(
             links=links,
-            launcher=LocalLauncher(),
+            launcher=LocalLauncher(lambda: sweep(f"{SHM_PREFIX}-{os.getpid()}")),
             make_spec=InstanceSpecs(vllm_config, args, options, addresses),
             scheduler=options.scheduler,
             migration=options.migration,
+            recovery=options.recovery,
             progress=_say,
+            max_surge=lambda: _surge(cluster),
+            respec=lambda flags: respec(argv, flags, args, addresses),
             events=EventLog(time.monotonic, options.event_log, wait=False),
             metrics=default_metrics(),
             clock=time.monotonic,
@@ -245,25 +297,25 @@ def make_async_llm(vllm_config: Any, cluster: Cluster, args: argparse.Namespace)
 # ---------------------------------------------------------------------- serving
 
 
-async def _serve(args: argparse.Namespace, options: ServeOptions) -> int:
+async def _serve(args: argparse.Namespace, options: ServeOptions, argv: list[str]) -> int:
     task = asyncio.current_task()
     assert task is not None
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, task.cancel)  # until vLLM's server puts its own in place
     try:
-        await _serve_until_stopped(args, options)
+        await _serve_until_stopped(args, options, argv)
     except asyncio.CancelledError:
         _say("stopped during start-up")
         return 130
     return 0
 
 
-async def _serve_until_stopped(args: argparse.Namespace, options: ServeOptions) -> None:
+async def _serve_until_stopped(args: argparse.Namespace, options: ServeOptions, argv: list[str]) -> None:
     address, sock = _bind(args)
     with contextlib.closing(sock):
         vllm_config = engine_config(args, options)
-        async with running_cluster(args, options, vllm_config) as cluster:
+        async with running_cluster(args, options, vllm_config, argv) as cluster:
             llm = make_async_llm(vllm_config, cluster, args)
             try:
                 await llm.reset_mm_cache()
