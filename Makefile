@@ -81,6 +81,7 @@ bench-race: setup model peers ## Race arriero against what others use today, on 
 
 bench-fidelity: setup model ## Compare the simulator with two real engines on a trace (ARGS=...)
 	$(BIN)/python -m arriero.bench.fidelity $(ARGS)
+
 bench-drain: setup ## Measure draining and rolling restarts, simulated and real engines (ARGS=...)
 	$(BIN)/python -m arriero.bench.drain $(ARGS)
 

@@ -108,21 +108,19 @@ class Cluster:
         self.losing: list[tuple[int, Op]] = []  # answers that will be lost when sent
         self.sent: list[tuple[int, Message]] = []  # operations, in the order of their sending
         self._timers: list[tuple[float, int, MigrationId]] = []
+        self._shape = {"max_num_seqs": max_num_seqs, "depth": depth, "stage_blocks": stage_blocks}
         for i in range(num_instances):
-            blocks = num_blocks if isinstance(num_blocks, int) else num_blocks[i]
-            engine = FakeEngine(
-                i,
-                self.staging,
-                self._emitter(i),
-                num_blocks=blocks,
-                max_num_seqs=max_num_seqs,
-                depth=depth,
-                stage_blocks=stage_blocks,
-            )
-            engine.llumlet = self.llumlets[i] = Llumlet(engine, self.config)
-            self.engines[i] = engine
-            self.links[FRONT_END, i] = deque()
-            self.links[i, FRONT_END] = deque()
+            self.join(num_blocks if isinstance(num_blocks, int) else num_blocks[i])
+
+    def join(self, num_blocks: int) -> int:
+        """A new instance, under a number that none has had."""
+        i = len(self.engines)
+        engine = FakeEngine(i, self.staging, self._emitter(i), num_blocks=num_blocks, **self._shape)
+        engine.llumlet = self.llumlets[i] = Llumlet(engine, self.config)
+        self.engines[i] = engine
+        self.links[FRONT_END, i] = deque()
+        self.links[i, FRONT_END] = deque()
+        return i
 
     # ------------------------------------------------------------------ what clients and operators do
 
@@ -189,6 +187,24 @@ class Cluster:
         self.links[FRONT_END, instance].append(message)
         self.counts["repeated"] += 1
         return True
+
+    def lose_operation(self, instance: int, index: int) -> bool:
+        """An operation on the wire gets lost; everything else on the connection arrives."""
+        operations = [p for p in self.links[FRONT_END, instance] if isinstance(p, Message)]
+        if operations:
+            self.links[FRONT_END, instance].remove(operations[index % len(operations)])
+            self.counts["operation lost"] += 1
+        return bool(operations)
+
+    def delay_answer(self, link: Link, index: int) -> bool:
+        """An answer on the wire comes after everything else that is on it."""
+        answers = [p for p in self.links[link] if isinstance(p, Answer)]
+        if answers:
+            late = answers[index % len(answers)]
+            self.links[link].remove(late)
+            self.links[link].append(late)
+            self.counts["answer late"] += 1
+        return bool(answers)
 
     def lose_answer(self, link: Link, index: int) -> bool:
         """An answer on the wire gets lost; everything else on the connection arrives."""

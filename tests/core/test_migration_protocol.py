@@ -35,9 +35,12 @@ FAILURES = (
     "start_import", "import_copy", "grow", "import_rest", "admit",
 )  # fmt: skip
 MODES = (MigrationMode.LIVE, MigrationMode.LIVE, MigrationMode.STOP_AND_COPY, MigrationMode.RECOMPUTE)
-NUM_CHAOS = 5
+NUM_CHAOS = 6
 NATURAL = (*["progress"] * 4, *["deliver"] * 4, "step", "finish_copy", *["migrate"] * 3)
-DISTURBING = ("client_gone", "preempt", "crash", *["lose_answer", "lose_commit", "repeat", "jump", "fail"] * 2)
+DISTURBING = (
+    "client_gone", "preempt", "crash", "restart",
+    *["lose_answer", "lose_commit", "lose_operation", "delay_answer", "repeat", "jump", "fail"] * 2,
+)  # fmt: skip
 
 LONG = os.environ.get("ARRIERO_HYPOTHESIS") == "long"
 NUM_WALKS = 20_000 if LONG else 1000
@@ -50,6 +53,7 @@ class Chaos:
 
     def __init__(self, shape: int) -> None:
         blocks, seats = ((24, 4), (14, 3), (32, 6))[shape % 3]
+        self.blocks = blocks
         self.cluster = Cluster(
             3,
             config=CONFIG,
@@ -78,16 +82,16 @@ class Chaos:
             self.cluster.deliver(wires[n % len(wires)])
 
     def step(self, n: int) -> None:
-        self.cluster.step(n % 3)
+        self.cluster.step(n % len(self.cluster.engines))
 
     def finish_copy(self, n: int) -> None:
-        self.cluster.finish_copy(n % 3)
+        self.cluster.finish_copy(n % len(self.cluster.engines))
 
     def migrate(self, n: int) -> None:
         movable = [s for s in self._open() if self.cluster.can_migrate(s)]
         if movable:
             stream = movable[n % len(movable)]
-            others = [i for i in range(3) if i != stream.route and i not in self.cluster.lost]
+            others = [i for i in self.cluster.engines if i != stream.route and i not in self.cluster.lost]
             if others:
                 self.cluster.migrate(stream, others[n // 5 % len(others)], MODES[n // 11 % 4])
 
@@ -114,10 +118,28 @@ class Chaos:
             instance = ends[n % len(ends)] if ends and n % 3 else self._alive(n)  # where it hurts, mostly
             self.cluster.crash(instance, heard=n // 3 % 4)
 
+    def restart(self, n: int) -> None:
+        """An instance crashes, be it the last one, and another one joins before or after that is known."""
+        self.budget -= 1
+        self.cluster.crash(self._alive(n), heard=n // 3 % 4)
+        for wire in self.cluster.wires() if n % 2 else ():
+            self.cluster.deliver(wire)
+        self.cluster.join(self.blocks)
+        self.cluster.counts["restarted"] += 1
+
+    def lose_operation(self, n: int) -> None:
+        if self.cluster.lose_operation(self._alive(n), n // 3):
+            self.budget -= 1
+
+    def delay_answer(self, n: int) -> None:
+        wires = [w for w in self.cluster.wires() if w[1] == FRONT_END]
+        if wires and self.cluster.delay_answer(wires[n % len(wires)], n // 3):
+            self.budget -= 1
+
     def lose_commit(self, n: int) -> None:
         """The next answers to COMMIT of one instance get lost: what it did has to be asked."""
         self.budget -= 1
-        self.cluster.losing += [(n % 3, Op.COMMIT)] * (1 + n // 3 % 3)
+        self.cluster.losing += [(n % len(self.cluster.engines), Op.COMMIT)] * (1 + n // 3 % 3)
 
     def lose_answer(self, n: int) -> None:
         wires = [w for w in self.cluster.wires() if w[1] == FRONT_END]
@@ -134,7 +156,7 @@ class Chaos:
 
     def fail(self, n: int) -> None:
         self.budget -= 1
-        self.cluster.engines[n % 3].fail_next.add(FAILURES[n // 3 % len(FAILURES)])
+        self.cluster.engines[n % len(self.cluster.engines)].fail_next.add(FAILURES[n // 3 % len(FAILURES)])
 
     def _alive(self, n: int) -> int:
         return self.cluster.alive[n % len(self.cluster.alive)]
@@ -145,7 +167,8 @@ class Chaos:
 
 WEIGHTS: dict[str, int] = {
     "submit": 3, "progress": 18, "deliver": 30, "step": 12, "finish_copy": 8, "migrate": 14,
-    "client_gone": 1, "preempt": 1, "crash": 2, "lose_answer": 3, "lose_commit": 2, "repeat": 3, "jump": 2, "fail": 3,
+    "client_gone": 1, "preempt": 1, "crash": 4, "restart": 1, "lose_operation": 2, "delay_answer": 2, "lose_answer": 3,
+    "lose_commit": 3, "repeat": 3, "jump": 2, "fail": 3,
 }  # fmt: skip
 
 
@@ -174,7 +197,7 @@ REACHED = (
     "aborted: loading timeout", "aborted: detaching timeout",
     "commit refused", "woken while committing", "delivered while committing", "lost while committing",
     "lost after it had delivered",
-    "answer lost", "repeated", "crash", "orphan",
+    "answer lost", "answer late", "operation lost", "repeated", "crash", "restarted", "orphan",
 )  # fmt: skip
 """What the walk must have seen, or it has proved nothing."""
 

@@ -4,7 +4,7 @@ A mutant is a textual patch of a *copy* of ``arriero.core``; the protocol's test
 Each is tried by three suites on their own, since a state machine that only ever passes beside unit tests
 that fail might be vacuous:
 
-- *scripted*: one disturbance at one exact moment, and the llumlet alone;
+- *scripted*: one disturbance at one exact moment, the llumlet alone, and the rules of recovery and draining;
 - *walk*: the long seeded walk under chaos;
 - *machine*: Hypothesis' state machine, the same rules.
 
@@ -34,7 +34,14 @@ from arriero.bench.report import Target
 from arriero.core.errors import ConfigError
 
 SUITES: dict[str, tuple[str, ...]] = {
-    "scripted": ("tests/core/test_llumlet.py", "tests/core/test_migration_scripted.py"),
+    "scripted": (
+        "tests/core/test_llumlet.py",
+        "tests/core/test_migration_scripted.py",
+        "tests/core/test_suspects.py",
+        "tests/core/test_draining.py",
+        "tests/core/test_restarts.py",
+        "tests/core/test_watchdog.py",
+    ),
     "walk": ("tests/core/test_migration_protocol.py::test_walk_keeps_every_law_and_reaches_every_outcome",),
     "machine": ("tests/core/test_migration_protocol.py::TestMigrationMachine",),
 }
@@ -441,6 +448,44 @@ MUTANTS = (
             "        return [*self._unacknowledged.values(), WakeAt(self._deadline())]\n",
             "        return [WakeAt(self._deadline())]\n",
         ),
+    ),
+    # Recovery and draining
+    Mutant(
+        "a bystander is given up with the culprit",
+        "suspects.py",
+        ("            return culprits or set(running)\n", "            return set(running)\n"),
+    ),
+    Mutant("two suspects on trial at once", "suspects.py", ("        if self.on_trial:\n", "        if False:\n")),
+    Mutant(
+        "given up for a death before it ran",
+        "suspects.py",
+        (
+            "        culprits = {r for r in running if r in self._records and self._records[r].is_on_trial}\n",
+            "        culprits = set(self.on_trial)\n",
+        ),
+    ),
+    Mutant(
+        "a place is never fenced",
+        "restarts.py",
+        ("        if len(deaths) >= config.max_deaths:\n", "        if False:\n"),
+    ),
+    Mutant(
+        "a machine that stood still makes all instances hang",
+        "watchdog.py",
+        ("min(now - self._ticked_s, 2 * self.tick_s)", "now - self._ticked_s"),
+    ),
+    Mutant(
+        "a drain waits for ever for what cannot move with its cache",
+        "draining.py",
+        (
+            "        if need and (has_failed or not fits):\n",
+            "        if need and not fits:\n            return None\n        if False:\n",
+        ),
+    ),
+    Mutant(
+        "a drain moves all at once",
+        "draining.py",
+        ("                if num_free <= 0 or not", "                if not"),
     ),
 )
 
