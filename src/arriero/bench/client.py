@@ -247,11 +247,6 @@ class Client:
                 return response.status, {"error": {"message": f"status {response.status}: {await response.text()}"}}
             return response.status, await response.json()
 
-    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The JSON that the admin API answers, also with an error's status."""
-        async with self._session.post(self._url + path, json=body) as response:
-            return dict(await response.json())
-
     def start(self, path: str, body: dict[str, Any], *, request_id: str | None = None) -> Call:
         """Send a request; its answer grows in the call's ``reply``."""
         reply = Reply()

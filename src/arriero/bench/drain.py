@@ -101,7 +101,7 @@ class Bench:
         await asyncio.gather(*[c.wait_for_tokens(1) for c in calls])
         await self._gather_at(victim)
         await asyncio.gather(*[c.wait_for_tokens(MIN_TOKENS) for c in calls])
-        answer = await self.client.post(f"/instances/{victim}/drain", {})
+        _, answer = await self.client.post(f"/instances/{victim}/drain", {})
         drained_s = perf_counter()
         shown = [c.reply.num_tokens for c in calls]
         alive = await asyncio.gather(*[c.wait_for_tokens(n + MIN_TOKENS) for c, n in zip(calls, shown, strict=True)])
@@ -138,7 +138,7 @@ class Bench:
 
         streams = [asyncio.create_task(stream()) for _ in range(self.args.streams)]
         await asyncio.sleep(1.0)
-        answer = await self.client.post("/restart", {"max_surge": self.args.max_surge})
+        _, answer = await self.client.post("/restart", {"max_surge": self.args.max_surge})
         stop.set()
         await asyncio.gather(*streams)
         gaps = [gap for reply in done for gap in gaps_of(reply)]
@@ -176,7 +176,7 @@ class Bench:
 
     async def _revive(self, drained: int) -> None:
         await poll(lambda: self.client.get("/requests"), lambda rows: not rows, START_TIMEOUT_S)
-        answer = await self.client.post("/restart", {"instances": [drained]})
+        _, answer = await self.client.post("/restart", {"instances": [drained]})
         if not answer.get("ok"):
             raise RuntimeError(f"instance {drained} was not started again: {answer}")
 

@@ -91,6 +91,11 @@ class Instances:
         found = self._instances.get(instance)
         return found is None or found.state is InstanceState.DEAD
 
+    def place_of(self, instance: InstanceId) -> Place:
+        """Where it runs, or ran; 0 if it is forgotten."""
+        found = self._instances.get(instance)
+        return 0 if found is None else found.place
+
     def replacement_of(self, dead: Instance) -> Instance:
         """What was started in its place; itself, if nothing could be."""
         return dead if dead.replaced_by is None else self[dead.replaced_by]

@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Any
 
 from arriero.core.errors import UnavailableError
-from arriero.core.types import Dispatchable
+from arriero.core.types import Dispatchable, InstanceId
 from arriero.frontend.cluster import Cluster
 from arriero.vllm.compat import AsyncMPClient, BackgroundResources, EngineCoreRequest, GracefulHTTPError
 
@@ -64,7 +64,12 @@ class ClusterClient(AsyncMPClient):
 
     def _deliver(self, outputs: Any) -> None:
         if outputs.outputs or outputs.scheduler_stats:
+            outputs.engine_index = self._rank_of(outputs.engine_index)
             self.outputs_queue.put_nowait(outputs)
+
+    def _rank_of(self, instance: InstanceId) -> int:
+        """Under which of its engines vLLM's front end counts an instance: it knows those of the start, by place."""
+        return self.cluster.instances.place_of(instance) % len(self.engine_ranks_managed)
 
     def _ensure_output_queue_task(self) -> None:
         """The cluster's links listen already."""
