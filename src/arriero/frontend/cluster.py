@@ -86,7 +86,9 @@ class Cluster:
             on_drain_asked=self._drain_asked,
             progress=progress,
         )
-        self.lifecycle = Lifecycle(recovery, instances=self.instances, links=links, clock=clock, spawn=self._spawn)
+        self.lifecycle = Lifecycle(
+            recovery, instances=self.instances, links=links, clock=clock, spawn=self._spawn, progress=progress
+        )
         self.migrations = MigrationRunner(
             links=links,
             config=migration,
@@ -124,7 +126,7 @@ class Cluster:
             max_surge=max_surge,
             clock=clock,
         )
-        self.shutdown = Shutdown(self.requests, self._lose)
+        self.shutdown = Shutdown(self.requests, self._lose, progress)
         self._tasks: set[asyncio.Task[None]] = set()
         self._pauses: dict[RequestId, MigrationReport] = {}
         self._failed_policies: set[str] = set()

@@ -13,7 +13,7 @@ from arriero.core.errors import ArrieroError, LaunchError
 from arriero.core.restarts import Restart, RestartPolicy, StayDown
 from arriero.core.types import InstanceId
 from arriero.core.watchdog import Hung, Ping, Watchdog
-from arriero.frontend.instances import Instance, Instances
+from arriero.frontend.instances import Instance, Instances, Progress
 from arriero.frontend.links import InstanceLinks
 
 logger = logging.getLogger(__name__)
@@ -33,11 +33,13 @@ class Lifecycle:
         links: InstanceLinks,
         clock: Callable[[], float],
         spawn: Callable[[Coroutine[Any, Any, None]], None],
+        progress: Progress,
     ) -> None:
         self._instances = instances
         self._links = links
         self._clock = clock
         self._spawn = spawn
+        self._progress = progress
         self.restarts = RestartPolicy(config)
         self.watchdog = Watchdog(config.hang_timeout_s)
 
@@ -50,7 +52,7 @@ class Lifecycle:
                 self._spawn(self._restart(instance, delay_s))
             case StayDown(reason):
                 instance.stage = f"{instance.stage}; {reason}"
-                logger.warning("instance %d is not replaced: %s", instance.instance_id, reason)
+                self._progress(f"instance {instance.instance_id}: not replaced: {reason}")
 
     async def _restart(self, dead: Instance, delay_s: float) -> None:
         await asyncio.sleep(delay_s)

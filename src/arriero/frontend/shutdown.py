@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 from collections.abc import Callable
 
+from arriero.frontend.instances import Progress
 from arriero.frontend.requests import LiveRequest, RequestTable
-
-logger = logging.getLogger(__name__)
 
 POLL_S = 0.02
 FLUSH_S = 0.2
@@ -20,9 +18,10 @@ FLUSH_S = 0.2
 class Shutdown:
     """Waits for requests to end, then ends them."""
 
-    def __init__(self, requests: RequestTable, lose: Callable[[LiveRequest, str], None]) -> None:
+    def __init__(self, requests: RequestTable, lose: Callable[[LiveRequest, str], None], progress: Progress) -> None:
         self._requests = requests
         self._lose = lose
+        self._progress = progress
         self._hurry = asyncio.Event()
         self.has_begun = False
 
@@ -35,7 +34,7 @@ class Shutdown:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._hurry.set)
         if timeout_s and len(self._requests):
-            logger.warning("ending: %d request(s) may finish within %.0f s", len(self._requests), timeout_s)
+            self._progress(f"ending: {len(self._requests)} request(s) may finish within {timeout_s:.0f} s")
         deadline = loop.time() + timeout_s
         while len(self._requests) and loop.time() < deadline and not self._hurry.is_set():
             with contextlib.suppress(TimeoutError):
@@ -44,6 +43,6 @@ class Shutdown:
         for request in left:
             self._lose(request, f"the server ends: cut after {len(request.tokens)} tokens")
         if left:
-            logger.warning("ending: %d request(s) were cut", len(left))
+            self._progress(f"ending: {len(left)} request(s) were cut")
             await asyncio.sleep(FLUSH_S)
         return len(left)

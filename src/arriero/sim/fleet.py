@@ -50,8 +50,8 @@ POLL_S = 0.005
 
 ENGINE: dict[str, Any] = {"num_blocks": 512, "block_size": 8, "block_bytes": 256, "time_scale": 0.1}
 MIGRATION = MigrationConfig(retry_s=0.2)
-RECOVERY = RecoveryConfig(restart=False, no_instance_timeout_s=WAIT_S)
-"""Who dies stays dead: a test launches by itself."""
+RECOVERY = RecoveryConfig(restart=False, max_replays=1000, no_instance_timeout_s=WAIT_S)
+"""Who dies stays dead: a test launches by itself. No request is suspected: deaths are by our hand."""
 DRAIN = DrainConfig()
 COPY = CopyConfig(stage_bytes=4096, slice_bytes=1024)  # 16 blocks a stage: some stages even for short requests
 
