@@ -8,10 +8,26 @@ from typing import Any
 
 import pytest
 
-from arriero.core.config import CopyConfig, LoadConfig, MigrationConfig, RebalancingConfig, SchedulerConfig
+from arriero.core.config import (
+    AdmissionConfig,
+    CopyConfig,
+    HttpConfig,
+    LoadConfig,
+    MigrationConfig,
+    RebalancingConfig,
+    SchedulerConfig,
+)
 from arriero.core.errors import ConfigError
 
-CONFIGS: tuple[type[Any], ...] = (MigrationConfig, CopyConfig, RebalancingConfig, SchedulerConfig, LoadConfig)
+CONFIGS: tuple[type[Any], ...] = (
+    MigrationConfig,
+    CopyConfig,
+    RebalancingConfig,
+    SchedulerConfig,
+    LoadConfig,
+    AdmissionConfig,
+    HttpConfig,
+)
 
 WRONG: list[tuple[type[Any], str, Any]] = [
     (MigrationConfig, "stop_blocks", -1),
@@ -33,6 +49,14 @@ WRONG: list[tuple[type[Any], str, Any]] = [
     (CopyConfig, "copy_share", 0.0),
     (CopyConfig, "copy_share", 1.01),
     (CopyConfig, "copy_share", math.nan),
+    (AdmissionConfig, "max_queued_requests", 0),
+    (AdmissionConfig, "min_retry_after_s", 0.0),
+    (AdmissionConfig, "max_retry_after_s", 0.5),
+    (HttpConfig, "client_timeout_s", 0.0),
+    (HttpConfig, "max_admin_body_bytes", 0),
+    (HttpConfig, "max_resume_s", 0.0),
+    (HttpConfig, "stream_journal_bytes", 0),
+    (HttpConfig, "journal_bytes", 1000),
     (RebalancingConfig, "interval_s", 0.0),
     (RebalancingConfig, "low_freeness", 10.5),
     (RebalancingConfig, "low_freeness", math.nan),
@@ -60,6 +84,8 @@ EDGES: list[tuple[type[Any], str, float]] = [
     (CopyConfig, "stage_bytes", 1),
     (CopyConfig, "slice_bytes", 1),
     (CopyConfig, "copy_share", 1.0),
+    (AdmissionConfig, "max_queued_requests", 1),
+    (AdmissionConfig, "max_retry_after_s", 1.0),
     (RebalancingConfig, "low_freeness", 10.0),
     (RebalancingConfig, "min_gain", 0.0),
     (RebalancingConfig, "cooldown_s", 0.0),

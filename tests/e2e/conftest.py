@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from .harness import Fleet, fleet_of
+from .server import Server, serving
 
 
 class ModuleFleet:
@@ -54,3 +55,20 @@ async def fleet(module_fleet: ModuleFleet) -> AsyncIterator[Fleet]:
     except BaseException:
         await module_fleet.close()
         raise
+
+
+@pytest.fixture(scope="session")
+def _strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    pytest.importorskip("vllm")
+    flags = "--max-num-seqs 4 --max-queued-requests 3 --client-timeout 1"
+    with serving(tmp_path_factory.mktemp("strict") / "log", *flags.split()) as started:
+        yield started
+
+
+@pytest.fixture
+def strict_server(_strict_server: Server) -> Iterator[Server]:
+    """A server with narrow limits, one for all tests: 4 requests run and 3 wait at each of two instances. Clean after
+    each test.
+    """
+    yield _strict_server
+    _strict_server.assert_clean()

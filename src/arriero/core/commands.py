@@ -32,6 +32,7 @@ class Reject:
     request_id: RequestId
     kind: RejectKind
     reason: str
+    retry_after_s: float | None = None  #: OVERLOADED: when to try again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -93,6 +93,25 @@ class RecoveryConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionConfig:
+    """How many new requests may wait."""
+
+    max_queued_requests: int = 1024  #: for each ready instance; beyond them, new requests are refused
+    min_retry_after_s: float = 1.0  #: what a refused client is told at least
+    max_retry_after_s: float = 60.0  #: and at most
+
+    def __post_init__(self) -> None:
+        _require(self.max_queued_requests >= 1, "max_queued_requests", self.max_queued_requests, "1 or more")
+        _require(self.min_retry_after_s > 0, "min_retry_after_s", self.min_retry_after_s, "more than 0 seconds")
+        _require(
+            self.max_retry_after_s >= self.min_retry_after_s,
+            "max_retry_after_s",
+            self.max_retry_after_s,
+            f"at least min_retry_after_s={self.min_retry_after_s}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DrainConfig:
     """How an instance is emptied."""
 
@@ -111,6 +130,29 @@ class DrainConfig:
         _require(self.patience_s >= 0, "patience_s", self.patience_s, "0 or more seconds")
         for name in ("retry_s", "timeout_s", "end_s"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpConfig:
+    """What clients over HTTP may ask and cost."""
+
+    client_timeout_s: float = 30.0  #: a client that takes nothing that long is dropped
+    max_admin_body_bytes: int = 64 << 10  #: of a request to the admin API
+    max_resume_s: float = 300.0  #: longest grace that a client may ask for
+    stream_journal_bytes: int = 4 << 20  #: kept of one resumable stream
+    journal_bytes: int = 256 << 20  #: kept of all of them
+
+    def __post_init__(self) -> None:
+        _require(self.client_timeout_s > 0, "client_timeout_s", self.client_timeout_s, "more than 0 seconds")
+        _require(self.max_admin_body_bytes > 0, "max_admin_body_bytes", self.max_admin_body_bytes, "more than 0 bytes")
+        _require(self.max_resume_s > 0, "max_resume_s", self.max_resume_s, "more than 0 seconds")
+        _require(self.stream_journal_bytes > 0, "stream_journal_bytes", self.stream_journal_bytes, "more than 0 bytes")
+        _require(
+            self.journal_bytes >= self.stream_journal_bytes,
+            "journal_bytes",
+            self.journal_bytes,
+            f"at least stream_journal_bytes={self.stream_journal_bytes}",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +215,7 @@ class SchedulerConfig:
     load: LoadConfig = LoadConfig()
     rebalancing: RebalancingConfig | None = None  #: None: requests move only on demand
     drain: DrainConfig = DrainConfig()
+    admission: AdmissionConfig | None = None  #: None: queues have no bound
     no_instance_timeout_s: float = 0.0  #: how long a request waits for any instance to be ready; 0: it is rejected
     policy_errors_stop: bool = False  #: a policy that fails raises PolicyError; otherwise the default takes its place
     snapshot_interval_s: float = 0.02  #: instances push at most this often

@@ -16,6 +16,9 @@ class Ledger:
         self._assigned: dict[InstanceId, dict[RequestId, Dispatchable]] = {}
         self._unseen: dict[InstanceId, dict[RequestId, Dispatchable]] = {}
 
+    def __len__(self) -> int:
+        return len(self._where)
+
     def sent(self, request: Dispatchable, instance: InstanceId) -> None:
         """``request`` was sent to ``instance``, and is nowhere else."""
         self.ended(request.request_id)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
+from arriero.core.admission import Admission, Occupancy
 from arriero.core.commands import Command, Dispatch, PolicyFailed, Reject, RejectKind, Stop
 from arriero.core.config import SchedulerConfig
 from arriero.core.dispatch import MaxFreeness, make_dispatch_policy
@@ -31,6 +32,7 @@ class GlobalScheduler:
         self._policy = make_dispatch_policy(config.dispatch_policy)
         self._fallback = MaxFreeness()
         self._queue = RequestQueue()
+        self._admission = Admission(config.admission) if config.admission is not None else None
         self._rebalancer = Rebalancer(config.rebalancing) if config.rebalancing is not None else None
         self._evacuation = Evacuation(config.drain)
         self._moving: dict[RequestId, tuple[InstanceId, InstanceId]] = {}
@@ -43,6 +45,9 @@ class GlobalScheduler:
         impossible = self._impossible(request)
         if impossible is not None:
             return [Reject(request_id=request.request_id, kind=RejectKind.IMPOSSIBLE, reason=impossible)]
+        overloaded = self._overloaded(request)
+        if overloaded is not None:
+            return [overloaded]
         self._queue.push(request, now)
         commands = self._bind(now)
         if not self.view.candidates and not self.config.no_instance_timeout_s:
@@ -61,6 +66,8 @@ class GlobalScheduler:
     def ended(self, request_id: RequestId, now: float) -> list[Command]:
         """The request finished, was aborted or could not be placed."""
         instance = self.view.ledger.instance_of(request_id)
+        if self._admission is not None and instance is not None:
+            self._admission.ended(now)
         self._forget(request_id)
         return self._stop_if_empty(instance) if instance is not None else []
 
@@ -199,6 +206,26 @@ class GlobalScheduler:
             f"{num_tokens} tokens of KV cache are needed, and no instance has more than {longest}: shorten the prompt"
         )
 
+    def _overloaded(self, request: Dispatchable) -> Reject | None:
+        """Why the request may not wait; None if it may. A replay was promised its place when it first came."""
+        if self._admission is None or request.is_replay:
+            return None
+        view, num_unplaced = self.view, len(self._queue)
+        overload = self._admission.refuse(
+            (_occupancy(view, i) for i in view.candidates),
+            num_ready=len(view.candidates),
+            num_live=len(view.ledger) + num_unplaced,
+            num_unplaced=num_unplaced,
+        )
+        if overload is None:
+            return None
+        return Reject(
+            request_id=request.request_id,
+            kind=RejectKind.OVERLOADED,
+            reason=overload.reason,
+            retry_after_s=overload.retry_after_s,
+        )
+
     def _stop_if_empty(self, instance: InstanceId) -> list[Command]:
         snapshot = self.view.snapshots.get(instance)
         if (
@@ -215,6 +242,18 @@ class GlobalScheduler:
         self.view.ended(request_id)
         if self._rebalancer is not None:
             self._rebalancer.ended(request_id)
+
+
+def _occupancy(view: ClusterView, instance: InstanceId) -> Occupancy:
+    num_pending, snapshot = view.ledger.num_pending(instance), view.snapshots.get(instance)
+    if snapshot is None:
+        return Occupancy(num_running=0, num_waiting=0, num_pending=num_pending, max_num_seqs=num_pending)
+    return Occupancy(
+        num_running=snapshot.num_running,
+        num_waiting=snapshot.num_waiting,
+        num_pending=num_pending,
+        max_num_seqs=snapshot.max_num_seqs,
+    )
 
 
 def _unavailable(request: Dispatchable) -> Reject:

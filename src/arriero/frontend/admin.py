@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from arriero.core.errors import ArrieroError
 from arriero.core.types import MigrationMode
 from arriero.frontend.cluster import Cluster
+from arriero.frontend.openai_errors import answer_to
 
 
 class MigrateBody(BaseModel):
@@ -52,7 +53,7 @@ def attach_admin(app: FastAPI, cluster: Cluster, api_keys: list[str]) -> None:
 
 
 def _router(cluster: Cluster, api_keys: list[str]) -> APIRouter:
-    router = APIRouter(tags=["arriero"], dependencies=[Depends(_authorize(api_keys))], route_class=_ErrorRoute)
+    router = APIRouter(tags=["arriero"], dependencies=[Depends(authorize(api_keys))], route_class=ErrorRoute)
 
     @router.get("/instances")
     async def instances() -> list[dict[str, Any]]:
@@ -115,7 +116,9 @@ def _router(cluster: Cluster, api_keys: list[str]) -> APIRouter:
     return router
 
 
-def _authorize(api_keys: list[str]) -> Any:
+def authorize(api_keys: list[str]) -> Any:
+    """A FastAPI dependency: 401 without one of the keys, if there are any. Compares in constant time."""
+
     def check(request: Request) -> None:
         if not api_keys:
             return
@@ -126,7 +129,7 @@ def _authorize(api_keys: list[str]) -> Any:
     return check
 
 
-class _ErrorRoute(APIRoute):
+class ErrorRoute(APIRoute):
     """Answers arriero's errors in the shape of OpenAI's (vLLM's handlers would make them a 500)."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -137,11 +140,6 @@ class _ErrorRoute(APIRoute):
             try:
                 return await handle(request)
             except ArrieroError as error:
-                return _error_response(error)
+                return answer_to(error)
 
         return answer
-
-
-def _error_response(error: ArrieroError) -> Response:
-    body = {"message": str(error), "type": type(error).__name__, "param": None, "code": error.status}
-    return JSONResponse({"error": body}, status_code=error.status)

@@ -16,7 +16,15 @@ from typing import Any
 
 from arriero.core.commands import Command, Dispatch, Drain, Launch, Move, PolicyFailed, Reject, RejectKind, Stop
 from arriero.core.config import MigrationConfig, RecoveryConfig, SchedulerConfig
-from arriero.core.errors import ArrieroError, ConfigError, ConflictError, LaunchError, ProtocolError, UnavailableError
+from arriero.core.errors import (
+    ArrieroError,
+    ConfigError,
+    ConflictError,
+    LaunchError,
+    OverloadedError,
+    ProtocolError,
+    UnavailableError,
+)
 from arriero.core.pace import StepPace
 from arriero.core.scheduler import GlobalScheduler
 from arriero.core.types import (
@@ -174,8 +182,8 @@ class Cluster:
     # ------------------------------------------------------------------ requests
 
     def submit(self, message: Any, facts: Dispatchable, external_id: str) -> None:
-        """Take a new request; it is dispatched now or later. Raises UnavailableError if no instance is ready, and
-        ConfigError if none could ever run it.
+        """Take a new request; it is dispatched now or later. Raises UnavailableError if no instance is ready,
+        OverloadedError if too many wait already, and ConfigError if none could ever run it.
         """
         if self.shutdown.has_begun:
             raise UnavailableError("the server ends: it takes no more requests")
@@ -189,7 +197,12 @@ class Cluster:
         self._carry_out(commands)
         self.metrics.dispatch_seconds.observe(self.clock() - started)
         if refused is not None:
-            raise (ConfigError if refused.kind is RejectKind.IMPOSSIBLE else UnavailableError)(refused.reason)
+            raise _error_of(refused)
+
+    def route_of(self, request_id: RequestId) -> InstanceId | None:
+        """The instance that a live request runs on; None: it waits for one."""
+        request = self.requests.get(request_id)
+        return request.route if request is not None else None
 
     async def admit(self, message: Any, facts: Dispatchable, external_id: str) -> None:
         """As :meth:`submit`, but wait until the request has an instance. Raises UnavailableError also if none came."""
@@ -491,3 +504,9 @@ class Cluster:
                 continue
             if self.instances.is_dead(route) or not self.instances[route].serves:
                 raise ProtocolError(f"request {request_id} is routed to instance {route}, which does not serve")
+
+
+def _error_of(refused: Reject) -> ArrieroError:
+    if refused.retry_after_s is not None:
+        return OverloadedError(refused.reason, refused.retry_after_s)
+    return (ConfigError if refused.kind is RejectKind.IMPOSSIBLE else UnavailableError)(refused.reason)

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from arriero.core.config import CopyConfig, MigrationConfig, RebalancingConfig, RecoveryConfig, SchedulerConfig
+from arriero.core.config import (
+    AdmissionConfig,
+    CopyConfig,
+    HttpConfig,
+    MigrationConfig,
+    RebalancingConfig,
+    RecoveryConfig,
+    SchedulerConfig,
+)
 from arriero.core.dispatch import make_dispatch_policy
 from arriero.core.errors import ConfigError
 from arriero.vllm.compat import FlexibleArgumentParser, make_arg_parser, validate_parsed_serve_args
@@ -43,6 +51,7 @@ class ServeOptions:
     migration: MigrationConfig
     copy: CopyConfig
     recovery: RecoveryConfig
+    http: HttpConfig
     event_log: Path | None
     pin_cores: bool
 
@@ -58,7 +67,7 @@ def make_parser(kind: type[FlexibleArgumentParser] = OneLineParser) -> FlexibleA
         description="OpenAI-compatible server over several vLLM instances that moves requests while they run. "
         "Takes every option of `vllm serve`, and these of its own:",
     )
-    defaults, migration, copy = RebalancingConfig(), MigrationConfig(), CopyConfig()
+    defaults, migration, copy, admission = RebalancingConfig(), MigrationConfig(), CopyConfig(), AdmissionConfig()
     recovery = RecoveryConfig()
     group = parser.add_argument_group("arriero")
     group.add_argument("--instances", type=int, default=2, help="vLLM instances to start (default: 2)")
@@ -117,6 +126,18 @@ def make_parser(kind: type[FlexibleArgumentParser] = OneLineParser) -> FlexibleA
         help="seconds that requests wait for an instance when there is none (default: %(default)s)",
     )
     group.add_argument(
+        "--max-queued-requests",
+        type=int,
+        default=admission.max_queued_requests,
+        help="requests that may wait for each instance; beyond them new ones get HTTP 429 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--client-timeout",
+        type=float,
+        default=HttpConfig().client_timeout_s,
+        help="seconds until a client that acknowledges or takes nothing is dropped (default: %(default)s)",
+    )
+    group.add_argument(
         "--engine",
         choices=("vllm", "sim"),
         default="vllm",
@@ -172,7 +193,9 @@ def _options(args: argparse.Namespace) -> ServeOptions:
             dispatch_policy=args.dispatch_policy,
             rebalancing=rebalancing if args.rebalance else None,
             no_instance_timeout_s=args.no_instance_timeout,
+            admission=AdmissionConfig(max_queued_requests=args.max_queued_requests),
         ),
+        http=HttpConfig(client_timeout_s=args.client_timeout),
         migration=MigrationConfig(timeout_s=args.migration_timeout),
         copy=CopyConfig(copy_share=args.migration_share),
         recovery=RecoveryConfig(restart=args.restart, hang_timeout_s=args.hang_timeout, max_replays=args.max_replays),

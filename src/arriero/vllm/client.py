@@ -8,9 +8,10 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from arriero.core.errors import UnavailableError
+from arriero.core.errors import ArrieroError
 from arriero.core.types import Dispatchable, InstanceId
 from arriero.frontend.cluster import Cluster
+from arriero.frontend.placements import current_placement
 from arriero.vllm.compat import AsyncMPClient, BackgroundResources, EngineCoreRequest, GracefulHTTPError
 
 SHUTDOWN_GRACE_S = 15.0
@@ -47,15 +48,20 @@ class ClusterClient(AsyncMPClient):
     # ------------------------------------------------------------------ requests
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
-        """Dispatch a request, once there is an instance; clients get HTTP 503 if none comes in time."""
+        """Dispatch a request, once there is an instance; clients get 503 if none comes, 429 if too many wait already."""
+        placement = current_placement()
         try:
             await self.cluster.admit(request, facts_of(request), request.external_req_id or request.request_id)
         except asyncio.CancelledError:
             self.forget([request.request_id])
             raise
-        except UnavailableError as error:
+        except ArrieroError as error:
             self.forget([request.request_id])
-            raise GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from error
+            if placement is not None:
+                placement.refused(error)
+            raise GracefulHTTPError(str(error), HTTPStatus(error.status)) from error
+        if placement is not None:
+            placement.placed(self.cluster.route_of(request.request_id))
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """The client has gone, or a stop string was found."""

@@ -5,8 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from arriero.core.errors import ProtocolError
 from arriero.core.types import RequestId
-from arriero.vllm.compat import EngineCoreOutput, EngineCoreOutputs, FinishReason, MsgpackDecoder, MsgpackEncoder
+from arriero.vllm.compat import (
+    CUSTOM_TYPE_RAW_VIEW,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    FinishReason,
+    MsgpackDecoder,
+    MsgpackEncoder,
+)
+
+
+class DataDecoder(MsgpackDecoder):
+    """vLLM's decoder, but never unpickling or importing by name, whatever VLLM_ALLOW_INSECURE_SERIALIZATION says:
+    the front end takes data from instances, and no code.
+    """
+
+    def ext_hook(self, code: int, data: memoryview) -> Any:
+        """See vLLM."""
+        if code != CUSTOM_TYPE_RAW_VIEW:
+            raise ProtocolError(f"an instance sent something of msgpack type {code}: only tensors' bytes are taken")
+        return data
+
+    def _convert_result(self, result_type: Sequence[str], result: Any) -> Any:
+        return result
 
 
 class VllmCodec:
@@ -14,7 +37,7 @@ class VllmCodec:
 
     def __init__(self) -> None:
         self._encoder = MsgpackEncoder()
-        self._decoder = MsgpackDecoder(EngineCoreOutputs)
+        self._decoder = DataDecoder(EngineCoreOutputs)
 
     def encode(self, obj: Any) -> Sequence[Any]:
         """Frames; tensors travel as frames of their own."""

@@ -28,6 +28,7 @@ if __name__ == "__main__":
 
 from arriero.core.config import CopyConfig, MigrationConfig
 from arriero.core.engine_port import Export
+from arriero.core.errors import ProtocolError
 from arriero.core.llumlet import Llumlet
 from arriero.core.messages import Answer
 from arriero.core.types import InstanceId, MigrationId
@@ -187,6 +188,13 @@ class ArrieroEngineCore(EngineCoreProc):
         for request_id in request_ids:
             self._port.gone(request_id)
             self._llumlet.request_gone(request_id, time.monotonic())
+
+    def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        """A method of the workers by name. vLLM would also unpickle a function: not one that came over a socket."""
+        if isinstance(method, bytes):
+            raise ProtocolError("collective_rpc takes the name of a method, not a pickled function")
+        results: list[Any] = super().collective_rpc(method, *args, **kwargs)
+        return results
 
     def _send_engine_dead(self) -> None:
         """The launcher sees this process end; vLLM's message would not say whose end it is."""

@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -20,8 +21,10 @@ import cloudpickle
 import msgspec
 import psutil
 import uvloop
+from starlette.middleware import Middleware
 from vllm.platforms import current_platform
 
+from arriero.core.config import HttpConfig
 from arriero.core.errors import ConfigError, LaunchError
 from arriero.core.restarts import Place
 from arriero.core.types import InstanceId
@@ -29,6 +32,10 @@ from arriero.dashboard.app import attach_dashboard
 from arriero.frontend.admin import attach_admin
 from arriero.frontend.cluster import Cluster
 from arriero.frontend.links import InstanceLinks
+from arriero.frontend.placements import Placements
+from arriero.frontend.reconnect import Reconnect, attach_reconnect
+from arriero.frontend.request_ids import RequestIds
+from arriero.frontend.resumable import ResumableStreams
 from arriero.launch.leftovers import reclaim_folders, run_folder
 from arriero.launch.local import LocalLauncher
 from arriero.launch.memory import holds_one_more
@@ -129,6 +136,7 @@ class InstanceSpecs:
         self._world_size = vllm_config.parallel_config.world_size
         self._executor_class = Executor.get_class(vllm_config)
         self._max_model_len = vllm_config.model_config.max_model_len
+        self._max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self._vocab_size = vllm_config.model_config.get_vocab_size()
         self._shm_prefix = f"{SHM_PREFIX}-{os.getpid()}"
         self._cores = self._devices = None
@@ -178,7 +186,11 @@ class InstanceSpecs:
             "instance": instance,
             "input_address": self._addresses[0],
             "output_address": self._addresses[1],
-            "engine": {"max_model_len": self._max_model_len, "vocab_size": self._vocab_size},
+            "engine": {
+                "max_model_len": self._max_model_len,
+                "max_num_seqs": self._max_num_seqs,
+                "vocab_size": self._vocab_size,
+            },
             "migration": options.migration,
             "copy": options.copy,
             "snapshot_interval_s": options.scheduler.snapshot_interval_s,
@@ -312,25 +324,30 @@ async def _serve(args: argparse.Namespace, options: ServeOptions, argv: list[str
 
 
 async def _serve_until_stopped(args: argparse.Namespace, options: ServeOptions, argv: list[str]) -> None:
-    address, sock = _bind(args)
+    address, sock = _bind(args, options.http)
     with contextlib.closing(sock):
         vllm_config = engine_config(args, options)
         async with running_cluster(args, options, vllm_config, argv) as cluster:
             llm = make_async_llm(vllm_config, cluster, args)
             try:
                 await llm.reset_mm_cache()
-                stopped = await _serve_app(llm, cluster, address, sock, args)
+                stopped = await _serve_app(llm, cluster, address, sock, args, options)
             finally:
                 await asyncio.to_thread(partial(llm.shutdown, timeout=vllm_config.shutdown_timeout))
         await stopped
 
 
-def _bind(args: argparse.Namespace) -> tuple[str, Any]:
-    """The server's socket, before anything heavy starts. Raises ConfigError if it can't be had."""
+def _bind(args: argparse.Namespace, http: HttpConfig) -> tuple[str, Any]:
+    """The server's socket, before anything heavy starts. Raises ConfigError if it can't be had.
+
+    The kernel drops connections whose client takes nothing for ``client_timeout_s``: one that has vanished, and one
+    that has stopped reading once the buffers are full. To vLLM both have disconnected.
+    """
     where = args.uds or f"{args.host or '0.0.0.0'}:{args.port}"
     try:
         address, sock = setup_server(args, reuse_port=False)
         if not args.uds:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(http.client_timeout_s * 1000))
             sock.listen(128)
         return address, sock
     except (OSError, OverflowError) as error:
@@ -339,11 +356,20 @@ def _bind(args: argparse.Namespace) -> tuple[str, Any]:
         raise ConfigError(str(error.args[0])) from error
 
 
-async def _serve_app(llm: AsyncLLM, cluster: Cluster, address: str, sock: Any, args: argparse.Namespace) -> Any:
+async def _serve_app(
+    llm: AsyncLLM, cluster: Cluster, address: str, sock: Any, args: argparse.Namespace, options: ServeOptions
+) -> Any:
     """As vLLM's own build_and_serve, with the admin endpoints added."""
     tasks = await llm.get_supported_tasks()
     app = build_app(args, tasks, llm.model_config)
-    attach_admin(app, cluster, [k for k in (args.api_key or [envs.VLLM_API_KEY]) if k])
+    api_keys = [k for k in (args.api_key or [envs.VLLM_API_KEY]) if k]
+    streams = ResumableStreams(options.http)
+    # Outside of vLLM's own, and inside: behind its check of the key, and seen by its metrics.
+    app.user_middleware.insert(0, Middleware(RequestIds))
+    app.user_middleware += [Middleware(Reconnect, streams=streams, config=options.http), Middleware(Placements)]
+    app.middleware_stack = None  # vLLM has built it already; it is built anew with the first request
+    attach_reconnect(app, streams, api_keys)
+    attach_admin(app, cluster, api_keys)
     attach_dashboard(app)
     await init_app_state(llm, app.state, args, tasks)
     log_config = get_uvicorn_log_config(args)
