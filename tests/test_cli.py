@@ -208,7 +208,8 @@ def test_what_is_not_given_has_the_defaults_of_the_configuration(arguments: Any,
     assert args.model == model
     assert args.worker_extension_cls == arguments.WORKER_EXTENSION
     assert (options.num_instances, options.engine, options.pin_cores, options.event_log) == (2, "vllm", True, None)
-    assert options.scheduler == arguments.SchedulerConfig()
+    assert options.scheduler == arguments.SchedulerConfig(admission=arguments.AdmissionConfig())
+    assert options.http == arguments.HttpConfig()
     assert options.migration == arguments.MigrationConfig()
     assert options.copy == arguments.CopyConfig()
 
@@ -219,7 +220,7 @@ def test_our_options_reach_the_configuration_and_those_of_vllm_the_engine(
     flags = (
         "--instances 3 --engine sim --no-pin --dispatch-policy round_robin --migration-share 0.5 --migration-timeout 7 "
         "--rebalance --rebalance-interval 1 --rebalance-low 2 --rebalance-high 4 --max-migrations-per-instance 5 "
-        "--max-model-len 1k --port 1234 --api-server-count 1"
+        "--max-queued-requests 9 --client-timeout 2.5 --max-model-len 1k --port 1234 --api-server-count 1"
     )
     args, options = arguments.parse([model, *flags.split(), "--event-log", str(tmp_path / "events")])
     assert (options.num_instances, options.engine, options.pin_cores) == (3, "sim", False)
@@ -230,6 +231,8 @@ def test_our_options_reach_the_configuration_and_those_of_vllm_the_engine(
     assert options.scheduler.rebalancing == arguments.RebalancingConfig(
         interval_s=1, low_freeness=2, high_freeness=4, max_migrations_per_instance=5
     )
+    assert options.scheduler.admission == arguments.AdmissionConfig(max_queued_requests=9)
+    assert options.http == arguments.HttpConfig(client_timeout_s=2.5)
     assert (args.max_model_len, args.port) == (1000, 1234)
 
 

@@ -48,7 +48,7 @@ class ClusterClient(AsyncMPClient):
     # ------------------------------------------------------------------ requests
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
-        """Dispatch a request, once there is an instance; clients get 503 if none comes, 429 if too many wait already."""
+        """Dispatch a request, once there is an instance; clients get 503 if none comes, 429 if too many wait."""
         placement = current_placement()
         try:
             await self.cluster.admit(request, facts_of(request), request.external_req_id or request.request_id)
