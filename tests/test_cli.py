@@ -208,7 +208,9 @@ def test_what_is_not_given_has_the_defaults_of_the_configuration(arguments: Any,
     assert args.model == model
     assert args.worker_extension_cls == arguments.WORKER_EXTENSION
     assert (options.num_instances, options.engine, options.pin_cores, options.event_log) == (2, "vllm", True, None)
-    assert options.scheduler == arguments.SchedulerConfig(admission=arguments.AdmissionConfig())
+    assert options.scheduler == arguments.SchedulerConfig(
+        admission=arguments.AdmissionConfig(), no_instance_timeout_s=arguments.RecoveryConfig().no_instance_timeout_s
+    )
     assert options.http == arguments.HttpConfig()
     assert options.migration == arguments.MigrationConfig()
     assert options.copy == arguments.CopyConfig()

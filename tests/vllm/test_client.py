@@ -33,7 +33,7 @@ class NoInstances:
     def ready_ids(self) -> list[int]:
         return []
 
-    def submit(self, *_: Any) -> None:
+    async def admit(self, *_: Any) -> None:
         raise UnavailableError("no instance is ready")
 
 
