@@ -15,6 +15,7 @@ from rich.table import Table
 
 from arriero import __version__
 from arriero.core.types import MigrationMode
+from arriero.observe import parity
 from arriero.sim import cli as simulation
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     restart.set_defaults(run=_restart, flags=[])
     simulation.add_parser(commands)
+    parity.add_parser(commands)
     for command in (status, migrate, drain, restart):
         command.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
         command.add_argument("--api-key", default=None, help="the server's API key, if it wants one")

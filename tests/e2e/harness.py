@@ -10,6 +10,7 @@ from typing import Any
 from arriero.core.config import DrainConfig, MigrationConfig, RebalancingConfig, RecoveryConfig
 from arriero.core.dispatch import ClusterView, MaxFreeness
 from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, MigrationMode
+from arriero.observe.events import EventLog
 from arriero.sim.faults import Operation, Pass
 from arriero.sim.fleet import DRAIN, HELD, MIGRATION, RECOVERY, WAIT_S, Stream, is_running, prompt, socket_folder
 from arriero.sim.fleet import Fleet as SimFleet
@@ -116,6 +117,7 @@ async def fleet_of(
     rebalancing: RebalancingConfig | None = None,
     recovery: RecoveryConfig = RECOVERY,
     drain: DrainConfig = DRAIN,
+    events: EventLog | None = None,
 ) -> AsyncIterator[Fleet]:
     """Running instances; everything is ended at exit."""
     with socket_folder() as folder:
@@ -127,6 +129,7 @@ async def fleet_of(
             rebalancing=rebalancing,
             recovery=recovery,
             drain=drain,
+            events=events,
         )
         fleet.engine_of = engine_of or {}
         try:

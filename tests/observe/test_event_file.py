@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -25,38 +26,32 @@ def read_all(fd: int) -> str:
     return b"".join(parts).decode()
 
 
-def until(condition: object) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def test_lines_arrive_in_order_and_are_whole_after_close(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    file = EventFile(path)
+    file = EventFile(path, 1 << 20)
     for number in range(1000):
-        file.write(f"line {number}")
+        file.write(b"line %d" % number)
     file.close()
     file.close()
     assert path.read_text().splitlines() == [f"line {number}" for number in range(1000)]
 
 
 def test_a_pipe_whose_reader_sleeps_holds_nobody_up_and_gets_the_count_of_what_it_missed(tmp_path: Path) -> None:
-    """The pipe holds 64 KiB and the queue ten lines; writing goes on regardless, as a serving loop must."""
+    """The pipe holds 64 KiB and the queue 2,000 bytes; writing goes on regardless, as a serving loop must."""
     path = tmp_path / "pipe"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    file = EventFile(path, max_lines=10)
+    left_out: list[int] = []
+    file = EventFile(path, 2000, left_out.append)
     for number in range(5000):
-        file.write(json.dumps({"number": number, "filling": "x" * 100}))
+        file.write(json.dumps({"number": number, "filling": "x" * 100}).encode())
     assert file.num_left_out > 0
     os.set_blocking(reader, True)
     read: list[str] = []
     thread = threading.Thread(target=lambda: read.append(read_all(reader)))
     thread.start()
-    until(lambda: file._lines.empty())
-    file.write(json.dumps({"number": 5000}))
+    file.flush(WAIT_S)
+    file.write(json.dumps({"number": 5000}).encode())
     file.close()
     thread.join(WAIT_S)
     os.close(reader)
@@ -66,6 +61,7 @@ def test_a_pipe_whose_reader_sleeps_holds_nobody_up_and_gets_the_count_of_what_i
     assert numbers[-1] == 5000
     missed = sum(e["num_events"] for e in events if e.get("event") == "events_left_out")
     assert len(numbers) + missed == 5001
+    assert sum(left_out) == missed
 
 
 def test_a_full_disk_costs_events_not_the_server(caplog: pytest.LogCaptureFixture) -> None:
@@ -83,8 +79,8 @@ def test_closing_does_not_wait_for_a_disk_that_hangs(tmp_path: Path) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    file = EventFile(path)
-    file.write("x" * 200_000)
+    file = EventFile(path, 1 << 20)
+    file.write(b"x" * 200_000)
     file.close(timeout_s=0.05)
     assert file._thread.is_alive()
     os.close(reader)  # breaks the pipe, which ends the write
@@ -92,8 +88,31 @@ def test_closing_does_not_wait_for_a_disk_that_hangs(tmp_path: Path) -> None:
     assert not file._thread.is_alive()
 
 
+def test_what_a_disk_refuses_last_is_said_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up in the middle of a line, and has room again when the log is closed."""
+    path, write, room = tmp_path / "events.jsonl", os.write, [13, 0]
+
+    def limited(fd: int, data: bytes) -> int:
+        if not room:
+            return write(fd, data)
+        num_bytes = room.pop(0)
+        if not num_bytes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data[:num_bytes])
+
+    monkeypatch.setattr(os, "write", limited)
+    left_out: list[int] = []
+    file = EventFile(path, 1000, left_out.append)
+    with file._changed:  # all three in one write
+        for line in (b"first line", b"second", b"third"):
+            file.write(line)
+    file.close()
+    assert path.read_bytes() == b'first line\nse\n{"event": "events_left_out", "num_events": 2}\n'
+    assert (left_out, file.num_left_out) == ([2], 0)
+
+
 @pytest.mark.parametrize("kind", ["pipe", "missing/file"])
 def test_a_file_that_cannot_be_opened_is_an_error_at_once(tmp_path: Path, kind: str) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match=r"cannot be opened: (it is a pipe that nobody reads|No such file)"):
-        EventFile(tmp_path / kind)
+        EventFile(tmp_path / kind, 1)

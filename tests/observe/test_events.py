@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arriero.observe.events import EventLog
+from arriero import __version__
+from arriero.observe.events import FORMAT, EventLog
 
 
 def log(path: Path | None = None, keep: int = 1000) -> EventLog:
@@ -47,10 +48,10 @@ def test_the_file_has_every_event_as_a_line_at_once_though_memory_forgets(tmp_pa
     events = log(path, keep=2)
     for number in range(5):
         events.emit("tick", number=number)
-        assert len(path.read_text().splitlines()) == 1 + number + 1
+        assert len(path.read_text().splitlines()) == number + 2
     assert len(events.recent(10)) == 2
     header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert header == {"format": "arriero-events/1"}
+    assert header == {"format": FORMAT, "arriero": __version__}
     assert [(e["seq"], e["number"]) for e in lines] == [(n + 1, n) for n in range(5)]
     events.close()
 
@@ -61,8 +62,8 @@ def test_an_earlier_log_is_continued_not_overwritten(tmp_path: Path) -> None:
         events = log(path)
         events.emit("start")
         events.close()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert ["format" in line for line in lines] == [True, False, True, False]
+    kinds = [next(iter(json.loads(line))) for line in path.read_text().splitlines()]
+    assert kinds == ["format", "seq"] * 2
 
 
 def test_after_close_events_go_to_memory_only(tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_after_close_events_go_to_memory_only(tmp_path: Path) -> None:
     events.close()
     events.close()
     events.emit("late")
-    assert path.read_text() == '{"format": "arriero-events/1"}\n'
+    assert len(path.read_text().splitlines()) == 1
     assert [e["event"] for e in events.recent(10)] == ["late"]
 
 
@@ -82,3 +83,12 @@ def test_a_log_without_a_file_can_be_closed() -> None:
 def test_a_log_in_a_folder_that_does_not_exist_is_an_error_at_once(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         log(tmp_path / "missing" / "events.jsonl")
+
+
+def test_who_listens_hears_every_event_from_then_on() -> None:
+    events = log()
+    events.emit("before")
+    heard: list[str] = []
+    events.listen(lambda event: heard.append(event["event"]))
+    events.emit("after")
+    assert heard == ["after"]

@@ -184,6 +184,24 @@ class RebalancingConfig:
         )
 
 
+class LogLevel(StrEnum):
+    """How much of what happens is written into the event log's file."""
+
+    EVENTS = "events"  #: what happened to requests and instances
+    FULL = "full"  #: also what the scheduler was told and what it decided, from which its decisions can be repeated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventLogConfig:
+    """What is written into an event log's file, and how far behind a server's disk may be."""
+
+    level: LogLevel = LogLevel.EVENTS
+    max_pending_bytes: int = 64 << 20  #: that the disk has not taken yet; beyond them lines are left out
+
+    def __post_init__(self) -> None:
+        _require(self.max_pending_bytes > 0, "max_pending_bytes", self.max_pending_bytes, "more than 0 bytes")
+
+
 class QueueTerm(StrEnum):
     """Which waiting requests count in an instance's load."""
 

@@ -26,7 +26,6 @@ from arriero.core.errors import (
     UnavailableError,
 )
 from arriero.core.pace import StepPace
-from arriero.core.scheduler import GlobalScheduler
 from arriero.core.types import (
     Dispatchable,
     InstanceId,
@@ -46,6 +45,7 @@ from arriero.frontend.requests import LiveRequest, RequestTable
 from arriero.frontend.rolling import Rollout
 from arriero.frontend.shutdown import Shutdown
 from arriero.launch.port import Launcher
+from arriero.observe.decisions import make_scheduler
 from arriero.observe.events import EventLog
 from arriero.observe.metrics import Metrics
 
@@ -78,10 +78,10 @@ class Cluster:
     ) -> None:
         self.clock = clock
         self.respec = respec  #: how instances are launched with flags added; raises ConfigError
-        self.scheduler = GlobalScheduler(scheduler)
+        self.events = events or EventLog(clock)
+        self.scheduler = make_scheduler(scheduler, self.events)
         self.requests = RequestTable()
         self.pace = StepPace()
-        self.events = events or EventLog(clock)
         self.metrics = metrics or Metrics()
         self.deliver = deliver
         self.links = links

@@ -34,6 +34,9 @@ class Metrics:
             buckets=(0.5, 1, 2, 5, 10, 30, 60, 120, 300),
             registry=registry,
         )
+        self.events_left_out = Counter(
+            "arriero_events_left_out", "Lines of the event log that its disk did not take in time", registry=registry
+        )
         self.dispatch_seconds = Histogram(
             "arriero_dispatch_seconds",
             "Time to choose an instance and send the request",

@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from arriero.core.config import EventLogConfig, LogLevel
 from arriero.core.errors import ArrieroError, ConfigError
 from arriero.observe.events import EventLog
 from arriero.sim.options import (
@@ -46,6 +47,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--events", type=Path, metavar="FILE", help="write the event log; FILE.POLICY for several")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a picture: FILE.png or FILE.html")
+    parser.add_argument(
+        "--event-log-level",
+        choices=[level.value for level in LogLevel],
+        default=LogLevel.EVENTS.value,
+        help="full: the event log also has all that `arriero replay` needs (default: %(default)s)",
+    )
     parser.set_defaults(run=run)
     return parser
 
@@ -120,7 +127,7 @@ def _simulate(
         several = len(policies_of(args)) > 1
         path: Path = args.events.with_name(f"{args.events.name}.{policy}") if several else args.events
         path.unlink(missing_ok=True)
-        logs.append(EventLog(clock, path, keep=1))
+        logs.append(EventLog(clock, path, keep=1, config=EventLogConfig(level=LogLevel(args.event_log_level))))
         return logs[0]
 
     try:

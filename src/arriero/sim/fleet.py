@@ -38,6 +38,7 @@ from arriero.frontend.links import InstanceLinks
 from arriero.frontend.migrations import MigrationReport
 from arriero.launch.local import LocalLauncher
 from arriero.launch.port import LaunchSpec
+from arriero.observe.events import EventLog
 from arriero.sim.faults import Faults
 from arriero.sim.tokens import expected_tokens
 from arriero.sim.wire import EngineCoreOutputs, EngineCoreRequest, SimCodec, SimRequest, to_job
@@ -144,6 +145,7 @@ class Fleet:
         rebalancing: RebalancingConfig | None = None,
         recovery: RecoveryConfig = RECOVERY,
         drain: DrainConfig = DRAIN,
+        events: EventLog | None = None,
     ) -> None:
         self.prefix = f"arriero-fleet-{os.getpid()}-{next(_prefixes)}"
         self.engine = {**ENGINE, **(engine or {})}
@@ -177,6 +179,7 @@ class Fleet:
             recovery=recovery,
             deliver=self._deliver,
             progress=self.progress.append,
+            events=events,
         )
         self._watch_snapshots()
 

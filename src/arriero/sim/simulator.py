@@ -11,8 +11,8 @@ from arriero.core.config import CopyConfig, MigrationConfig, RebalancingConfig, 
 from arriero.core.dispatch import DISPATCH_POLICIES
 from arriero.core.errors import ConfigError, ProtocolError
 from arriero.core.pace import StepPace
-from arriero.core.scheduler import GlobalScheduler
 from arriero.core.types import Dispatchable, InstanceId, MigrationMode, RequestId
+from arriero.observe.decisions import make_scheduler
 from arriero.observe.events import EventLog
 from arriero.sim.config import SimEngineConfig
 from arriero.sim.fast_engine import FastEngine, FastSequence
@@ -116,12 +116,12 @@ class Simulator:
     ) -> None:
         self.config = config
         self.kernel = Kernel()
-        self.scheduler = GlobalScheduler(replace(config.scheduler, policy_errors_stop=True))
+        self._events = make_events(lambda: self.kernel.now) if make_events is not None else None
+        self.scheduler = make_scheduler(replace(config.scheduler, policy_errors_stop=True), self._events)
         self.records: dict[RequestId, Record] = {}
         self.moves: list[MoveReport] = []
         self.samples: list[Sample] = []
         self._arrivals: Sequence[Arrival] = workload.arrivals
-        self._events = make_events(lambda: self.kernel.now) if make_events is not None else None
         self._on_progress = on_progress
         self._num_arrived = self._num_ended = 0
         self._end_s = 0.0

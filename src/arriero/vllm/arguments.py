@@ -11,7 +11,9 @@ from typing import NoReturn
 from arriero.core.config import (
     AdmissionConfig,
     CopyConfig,
+    EventLogConfig,
     HttpConfig,
+    LogLevel,
     MigrationConfig,
     RebalancingConfig,
     RecoveryConfig,
@@ -53,6 +55,7 @@ class ServeOptions:
     recovery: RecoveryConfig
     http: HttpConfig
     event_log: Path | None
+    event_log_config: EventLogConfig
     pin_cores: bool
 
 
@@ -145,6 +148,12 @@ def make_parser(kind: type[FlexibleArgumentParser] = OneLineParser) -> FlexibleA
     )
     group.add_argument("--event-log", type=Path, default=None, help="append every event as a JSON line to this file")
     group.add_argument(
+        "--event-log-level",
+        choices=[level.value for level in LogLevel],
+        default=None,
+        help="full: also what the scheduler is told and decides, for `arriero replay` (default: events)",
+    )
+    group.add_argument(
         "--no-pin", dest="pin_cores", action="store_false", help="do not pin CPU instances to cores of their own"
     )
     return make_arg_parser(parser)
@@ -185,6 +194,8 @@ def _options(args: argparse.Namespace) -> ServeOptions:
         raise ConfigError(f"--event-log {args.event_log}: there is no folder {args.event_log.absolute().parent}")
     if args.event_log is not None and args.event_log.is_dir():
         raise ConfigError(f"--event-log {args.event_log} is a folder: name a file")
+    if args.event_log_level is not None and args.event_log is None:
+        raise ConfigError(f"--event-log-level {args.event_log_level} needs --event-log FILE")
     make_dispatch_policy(args.dispatch_policy)  # raises ConfigError now, not when everything else is set up
     return ServeOptions(
         num_instances=args.instances,
@@ -200,6 +211,7 @@ def _options(args: argparse.Namespace) -> ServeOptions:
         copy=CopyConfig(copy_share=args.migration_share),
         recovery=RecoveryConfig(restart=args.restart, hang_timeout_s=args.hang_timeout, max_replays=args.max_replays),
         event_log=args.event_log,
+        event_log_config=EventLogConfig(level=LogLevel(args.event_log_level or LogLevel.EVENTS)),
         pin_cores=args.pin_cores,
     )
 

@@ -272,7 +272,7 @@ async def running_cluster(
             progress=_say,
             max_surge=lambda: _surge(cluster),
             respec=lambda flags: respec(argv, flags, args, addresses),
-            events=EventLog(time.monotonic, options.event_log, wait=False),
+            events=_event_log(options),
             metrics=default_metrics(),
             clock=time.monotonic,
         )
@@ -284,6 +284,16 @@ async def running_cluster(
             await asyncio.shield(asyncio.to_thread(cluster.close, SHUTDOWN_GRACE_S))
             cluster.close_sockets()
             sweep(SHM_PREFIX)
+
+
+def _event_log(options: ServeOptions) -> EventLog:
+    return EventLog(
+        time.monotonic,
+        options.event_log,
+        wait=False,
+        config=options.event_log_config,
+        on_left_out=default_metrics().events_left_out.inc,
+    )
 
 
 def make_async_llm(vllm_config: Any, cluster: Cluster, args: argparse.Namespace) -> AsyncLLM:
