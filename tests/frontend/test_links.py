@@ -85,6 +85,7 @@ class Outputs(msgspec.Struct):
     engine_index: int
     outputs: list[str] = []
     utility_output: UtilityOutput | None = None
+    scheduler_stats: dict[str, int] | None = None
 
 
 class PlainCodec:
@@ -268,6 +269,16 @@ async def test_outputs_and_snapshots_are_passed_on_in_order(world: World) -> Non
     await instance.push(Outputs(1, ["b"]))
     heard = [await world.heard.events.get() for _ in range(3)]
     assert heard == [("outputs", ["a"]), ("snapshot", SNAPSHOT), ("outputs", ["b"])]
+
+
+async def test_a_snapshot_may_travel_with_the_outputs_of_its_step(world: World) -> None:
+    """Outputs come first: what they finish, the snapshot does not show any more."""
+    instance = await world.instance()
+    snapshot = UtilityOutput(SNAPSHOT_CALL_ID, None, Result(encode_snapshot(SNAPSHOT)))
+    await instance.push(Outputs(1, ["a"], utility_output=snapshot))
+    await instance.push(Outputs(1, scheduler_stats={}, utility_output=snapshot))
+    heard = [await world.heard.events.get() for _ in range(4)]
+    assert heard == [("outputs", ["a"]), ("snapshot", SNAPSHOT), ("outputs", []), ("snapshot", SNAPSHOT)]
 
 
 @pytest.mark.parametrize("noise", [b"", b"\xc1", b"\xff" * 100, b"\x91" * 100_000])

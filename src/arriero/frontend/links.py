@@ -61,7 +61,7 @@ class LinkEvents(Protocol):
         """A batch of outputs of one step of one instance."""
 
     def on_snapshot(self, snapshot: InstanceSnapshot) -> None:
-        """The instance reports its load."""
+        """The instance reports its load; after the outputs of the same message."""
 
 
 def identity(instance: InstanceId) -> bytes:
@@ -200,7 +200,10 @@ class InstanceLinks:
         utility = outputs.utility_output
         if utility is None:
             self._events.on_outputs(outputs)
-        elif utility.call_id == SNAPSHOT_CALL_ID:
+            return
+        if outputs.outputs or outputs.scheduler_stats is not None:  # a snapshot travels with its step's outputs
+            self._events.on_outputs(outputs)
+        if utility.call_id == SNAPSHOT_CALL_ID:
             self._events.on_snapshot(decode_snapshot(utility.result.result))
         elif (call := self._calls.pop(utility.call_id, None)) is not None:
             error = utility.failure_message

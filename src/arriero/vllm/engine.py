@@ -69,6 +69,8 @@ class EngineSpec:
 class ArrieroEngineCore(EngineCoreProc):
     """vLLM's engine core, unchanged but for what stands here."""
 
+    step_fn: Callable[[], tuple[dict[int, Any] | None, bool]]
+
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         self._llumlet: Llumlet | None = None
@@ -165,8 +167,6 @@ class ArrieroEngineCore(EngineCoreProc):
         executed: bool = super()._process_engine_step()
         if executed:
             self._step_s += 0.2 * (time.monotonic() - started - self._step_s)
-        self._num_steps += 1
-        self._dirty = True
         assert self._llumlet is not None
         self._llumlet.after_step(time.monotonic())
         self._push_snapshot(force=False)
@@ -233,14 +233,34 @@ class ArrieroEngineCore(EngineCoreProc):
         """End now."""
         os.kill(os.getpid(), END_SIGNAL)
 
+    # ------------------------------------------------------------------ load reports
+
+    def report_with_outputs(self) -> None:
+        """Let load reports travel with the tokens of their step: a message of its own would wake three threads."""
+        step = self.step_fn
+
+        def step_and_report() -> tuple[dict[int, Any] | None, bool]:
+            outputs, executed = step()
+            self._num_steps += 1
+            self._dirty = True
+            if outputs and (ours := outputs.get(0)) is not None:
+                ours.utility_output = self._snapshot_if_due(force=False)
+            return outputs, executed
+
+        self.step_fn = step_and_report
+
     def _push_snapshot(self, *, force: bool) -> None:
+        if (output := self._snapshot_if_due(force=force)) is not None:
+            self.output_queue.put_nowait((0, EngineCoreOutputs(utility_output=output)))
+
+    def _snapshot_if_due(self, *, force: bool) -> Any:
+        """A ``UtilityOutput``, or None: nothing new, or it is too soon."""
         now = time.monotonic()
         if not self._dirty or (not force and now - self._pushed_s < self._spec.snapshot_interval_s):
-            return
+            return None
         self._dirty, self._pushed_s = False, now
         snapshot = self._port.snapshot(self._spec.instance, now, self._num_steps)
-        output = UtilityOutput(SNAPSHOT_CALL_ID, result=UtilityResult(encode_snapshot(snapshot)))
-        self.output_queue.put_nowait((0, EngineCoreOutputs(utility_output=output)))
+        return UtilityOutput(SNAPSHOT_CALL_ID, result=UtilityResult(encode_snapshot(snapshot)))
 
 
 def run(spec: EngineSpec) -> None:
@@ -269,6 +289,7 @@ def run(spec: EngineSpec) -> None:
         report_stage("warming up")
         warm_up(engine)
         note_shared_memory(Path(spec.input_address.removeprefix("ipc://")).parent, os.getpgid(0))
+        engine.report_with_outputs()
         engine.run_busy_loop()
     except SystemExit:
         pass
