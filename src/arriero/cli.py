@@ -17,6 +17,7 @@ from arriero import __version__
 from arriero.core.types import MigrationMode
 from arriero.observe import parity
 from arriero.sim import cli as simulation
+from arriero.sim import sweep_cli as sweep
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -113,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     restart.set_defaults(run=_restart, flags=[])
     simulation.add_parser(commands)
     parity.add_parser(commands)
+    sweep.add_parser(commands)
     for command in (status, migrate, drain, restart):
         command.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
         command.add_argument("--api-key", default=None, help="the server's API key, if it wants one")
