@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,7 @@ def model(tmp_path: Path) -> str:
         (["--migration-share", "0"], "copy_share=0.0 is invalid: it must be in (0, 1]"),
         (["--migration-share", "1.5"], "copy_share=1.5 is invalid"),
         (["--migration-timeout", "0"], "timeout_s=0.0 is invalid"),
+        (["--policy", "fastest"], "policy 'fastest' is unknown: use one of arriero"),
         (["--dispatch-policy", "fastest"], "'fastest' is unknown: use one of freeness"),
         (["--dispatch-policy", "no_such_module.Policy"], "'no_such_module.Policy' cannot be loaded"),
         (["--event-log", "/no/such/folder/events"], "there is no folder /no/such/folder"),
@@ -208,8 +209,10 @@ def test_what_is_not_given_has_the_defaults_of_the_configuration(arguments: Any,
     assert args.model == model
     assert args.worker_extension_cls == arguments.WORKER_EXTENSION
     assert (options.num_instances, options.engine, options.pin_cores, options.event_log) == (2, "vllm", True, None)
-    assert options.scheduler == arguments.SchedulerConfig(
-        admission=arguments.AdmissionConfig(), no_instance_timeout_s=arguments.RecoveryConfig().no_instance_timeout_s
+    assert options.scheduler == replace(
+        arguments.policy_config("arriero"),
+        admission=arguments.AdmissionConfig(),
+        no_instance_timeout_s=arguments.RecoveryConfig().no_instance_timeout_s,
     )
     assert options.http == arguments.HttpConfig()
     assert options.migration == arguments.MigrationConfig()

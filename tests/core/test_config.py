@@ -14,7 +14,9 @@ from arriero.core.config import (
     HttpConfig,
     LoadConfig,
     MigrationConfig,
+    QueueingConfig,
     RebalancingConfig,
+    ScalingConfig,
     SchedulerConfig,
 )
 from arriero.core.errors import ConfigError
@@ -27,6 +29,8 @@ CONFIGS: tuple[type[Any], ...] = (
     LoadConfig,
     AdmissionConfig,
     HttpConfig,
+    QueueingConfig,
+    ScalingConfig,
 )
 
 WRONG: list[tuple[type[Any], str, Any]] = [
@@ -58,16 +62,24 @@ WRONG: list[tuple[type[Any], str, Any]] = [
     (HttpConfig, "stream_journal_bytes", 0),
     (HttpConfig, "journal_bytes", 1000),
     (RebalancingConfig, "interval_s", 0.0),
-    (RebalancingConfig, "low_freeness", 10.5),
+    (RebalancingConfig, "low_freeness", 4.5),
     (RebalancingConfig, "low_freeness", math.nan),
     (RebalancingConfig, "high_freeness", math.nan),
-    (RebalancingConfig, "min_gain", -0.1),
-    (RebalancingConfig, "min_gain", 1.0),
     (RebalancingConfig, "cooldown_s", -1.0),
     (RebalancingConfig, "max_migrations_per_instance", 0),
     (SchedulerConfig, "snapshot_interval_s", -0.01),
     (SchedulerConfig, "snapshot_interval_s", math.nan),
     (SchedulerConfig, "tick_s", 0.0),
+    (RebalancingConfig, "max_moves_per_round", 0),
+    (QueueingConfig, "reserve_blocks_per_running", -1.0),
+    (QueueingConfig, "prefill_backlog_tokens", 0),
+    (QueueingConfig, "earmark_share", 1.5),
+    (QueueingConfig, "scan_depth", 0),
+    (ScalingConfig, "low_freeness", 60.0),
+    (ScalingConfig, "min_instances", 0),
+    (ScalingConfig, "min_instances", 17),
+    (ScalingConfig, "period_s", -1.0),
+    (ScalingConfig, "cooldown_s", math.nan),
     (SchedulerConfig, "no_instance_timeout_s", -1.0),
     (LoadConfig, "load_targets", ((0, 0.5), (-1, 0.2))),
     (LoadConfig, "load_targets", ((0, 0.0),)),
@@ -86,8 +98,7 @@ EDGES: list[tuple[type[Any], str, float]] = [
     (CopyConfig, "copy_share", 1.0),
     (AdmissionConfig, "max_queued_requests", 1),
     (AdmissionConfig, "max_retry_after_s", 1.0),
-    (RebalancingConfig, "low_freeness", 10.0),
-    (RebalancingConfig, "min_gain", 0.0),
+    (RebalancingConfig, "low_freeness", 4.0),
     (RebalancingConfig, "cooldown_s", 0.0),
     (RebalancingConfig, "max_migrations_per_instance", 1),
     (SchedulerConfig, "snapshot_interval_s", 0.0),
@@ -129,4 +140,5 @@ def test_configurations_are_frozen_and_keyword_only(config: type[Any]) -> None:
 def test_ticks_come_as_often_as_rebalancing_wants_and_only_where_something_depends_on_them() -> None:
     assert SchedulerConfig().interval_s is None
     assert SchedulerConfig(rebalancing=RebalancingConfig(interval_s=0.5)).interval_s == 0.5
-    assert SchedulerConfig(no_instance_timeout_s=9, tick_s=0.125).interval_s == 0.125
+    for other in ({"no_instance_timeout_s": 9}, {"queueing": QueueingConfig()}, {"scaling": ScalingConfig()}):
+        assert SchedulerConfig(**other, tick_s=0.125).interval_s == 0.125  # type: ignore[arg-type]

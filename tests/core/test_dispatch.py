@@ -15,13 +15,17 @@ from hypothesis import strategies as st
 from arriero.core.config import LoadConfig
 from arriero.core.dispatch import (
     DISPATCH_POLICIES,
+    CacheAware,
     ClusterView,
     DispatchPolicy,
     LeastOutstanding,
     MaxFreeness,
+    PowerOfTwo,
     RoundRobin,
+    VllmDataParallel,
     make_dispatch_policy,
 )
+from arriero.core.dispatch.prefixes import PrefixMap
 from arriero.core.errors import ConfigError
 from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, InstanceState, Phase, RequestSnapshot
 
@@ -173,6 +177,85 @@ def test_a_burst_between_two_snapshots_spreads_evenly(num_instances: int, num_re
         seen.sent(request, chosen)
         counts[chosen] += 1
     assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_of_two_drawn_at_random_the_one_with_fewer_requests_is_chosen() -> None:
+    """The most loaded of three is never chosen, and over many draws both others are."""
+    seen = view({0: (0, 5), 1: (0, 1), 2: (0, 0)})
+    chosen = Counter(PowerOfTwo().choose(REQUEST, seen) for _ in range(100))
+    assert set(chosen) == {1, 2}
+    assert chosen[2] > chosen[1]
+    assert PowerOfTwo().choose(REQUEST, view({7: (0, 3)})) == 7
+
+
+def test_the_score_of_vllms_balancer_punishes_queues_on_full_instances() -> None:
+    def shown(instance: InstanceId, used: int, num_running: int, num_waiting: int) -> InstanceSnapshot:
+        phases = [Phase.RUNNING] * num_running + [Phase.WAITING] * num_waiting
+        requests = [RequestSnapshot(request_id=f"{instance}-{n}", phase=p) for n, p in enumerate(phases)]
+        return InstanceSnapshot.of(
+            requests, instance=instance, time_s=0.0, num_blocks=100, num_free_blocks=100 - used, block_size=16,
+            max_num_seqs=8,
+        )  # fmt: skip
+
+    seen = view({0: (0, 0), 1: (0, 0)})
+    seen.see(shown(0, 40, num_running=6, num_waiting=1))
+    seen.see(shown(1, 90, num_running=3, num_waiting=2))
+    # 7, as its memory is not half full; 5 + 2 * 6 * 0.4 = 9.8.
+    assert VllmDataParallel().choose(REQUEST, seen) == 0
+    seen.see(shown(1, 50, num_running=3, num_waiting=2))
+    assert VllmDataParallel().choose(REQUEST, seen) == 1
+    send(seen, 1, 8)
+    assert VllmDataParallel().choose(REQUEST, seen) == 0, "8 of our own are on their way"
+    seen.set_state(9, InstanceState.READY)
+    assert VllmDataParallel().choose(REQUEST, seen) == 9, "it has shown nothing yet, and has nothing of ours"
+
+
+def with_prefix(name: str, *hashes: int) -> Dispatchable:
+    return Dispatchable(request_id=name, num_prompt_tokens=16 * len(hashes), max_tokens=1, block_hashes=hashes)
+
+
+def test_a_prompt_follows_the_longest_prefix_that_was_sent_somewhere() -> None:
+    policy, seen = CacheAware(), view({0: (0, 0), 1: (0, 0), 2: (0, 0)})
+
+    def choose(request: Dispatchable) -> InstanceId:
+        chosen = policy.choose(request, seen)
+        seen.sent(request, chosen)
+        return chosen
+
+    assert [choose(with_prefix("a", 1, 2, 3)), choose(with_prefix("b", 7, 8))] == [0, 1]
+    assert choose(with_prefix("c", 1, 2, 4, 5)) == 0, "half of it is known there"
+    assert choose(with_prefix("d", 7, 9, 10)) == 2, "a third is not enough"
+    assert choose(with_prefix("e", 1, 2, 4, 5, 6)) == 0
+    seen.remove(0)
+    assert choose(with_prefix("f", 1, 2, 3)) in (1, 2)
+
+
+def test_affinity_ends_where_the_instance_has_far_more_requests_than_another() -> None:
+    policy, seen = CacheAware(), view({0: (0, 0), 1: (0, 0)})
+    seen.sent(with_prefix("first", 1), policy.choose(with_prefix("first", 1), seen))
+    send(seen, 0, CacheAware.MARGIN - 1)
+    assert policy.choose(with_prefix("next", 1), seen) == 0
+    send(seen, 0, 1, num_prompt_tokens=7)
+    assert policy.choose(with_prefix("last", 1), seen) == 1
+
+
+def test_the_prefixes_that_were_not_seen_for_longest_are_forgotten() -> None:
+    prefixes = PrefixMap(capacity=3)
+    prefixes.sent(with_prefix("a", 1, 2), 0)
+    prefixes.sent(with_prefix("b", 3), 1)
+    prefixes.sent(with_prefix("c", 1, 4), 2)
+    assert len(prefixes) == 3
+    assert prefixes.find(with_prefix("d", 2)) is None
+    assert prefixes.find(with_prefix("e", 1, 9)) == (2, 0.5)
+    assert prefixes.find(with_prefix("f")) is None
+
+
+def test_a_heap_of_many_changes_is_swept() -> None:
+    policy, seen = MaxFreeness(), view(dict.fromkeys(range(3), (0, 0)))
+    for number in range(100):
+        seen.see(snapshot(number % 3, 1 + number % 7))
+        policy.choose(REQUEST, seen)
+    assert len(policy._ranking._heap) < 4 * 3 + 16 + 3
 
 
 # ---------------------------------------------------------------------- by name

@@ -195,7 +195,7 @@ def busy(seed: int) -> list[Arrival]:
 
 
 @pytest.mark.parametrize("priority", [False, True])
-@pytest.mark.parametrize("policy", ["round_robin", "freeness", "rebalanced"])
+@pytest.mark.parametrize("policy", ["round_robin", "freeness", "rebalanced", "arriero"])
 def test_bulk_and_single_steps_and_repetition_give_the_same_bytes(tmp_path: Path, policy: str, priority: bool) -> None:
     arrivals, logs, results = busy(1), [], []
     for number, max_steps in enumerate((128, 128, 7, 1)):
@@ -215,7 +215,7 @@ def test_bulk_and_single_steps_and_repetition_give_the_same_bytes(tmp_path: Path
     summary = results[0][2]
     assert summary["num_preemptions"] > 0
     if policy == "rebalanced":
-        assert summary["num_migrations"] > 20
+        assert summary["num_migrations"] > 10
 
 
 def test_policies_that_are_called_blind_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

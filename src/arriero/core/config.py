@@ -61,6 +61,13 @@ class CopyConfig:
         _require(0 < self.copy_share <= 1, "copy_share", self.copy_share, "in (0, 1]")
 
 
+class RebalancingRule(StrEnum):
+    """How requests to move are chosen."""
+
+    PAPER = "paper"  #: Llumnix, OSDI'24
+    RELIEF = "relief"  #: the cheapest move that gives a full instance what it lacks
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoveryConfig:
     """What happens when instances die or hang."""
@@ -159,12 +166,13 @@ class HttpConfig:
 class RebalancingConfig:
     """Two-sided thresholds on freeness (Llumnix, OSDI'24, section 6: 3 on both sides)."""
 
+    rule: RebalancingRule = RebalancingRule.RELIEF
     interval_s: float = 0.25  #: between two rounds
     low_freeness: float = 3.0  #: below: a source
-    high_freeness: float = 10.0  #: above: a destination
-    min_gain: float = 0.1  #: a move must lower the pair's imbalance by at least this share
+    high_freeness: float = 4.0  #: above: a destination
     cooldown_s: float = 5.0  #: a request that moved stays at least this long
     max_migrations_per_instance: int = 2  #: concurrent moves an instance takes part in
+    max_moves_per_round: int = 64  #: started in one round, over all instances
 
     def __post_init__(self) -> None:
         _require(self.interval_s > 0, "interval_s", self.interval_s, "more than 0 seconds")
@@ -174,7 +182,6 @@ class RebalancingConfig:
             self.low_freeness,
             f"at most high_freeness={self.high_freeness}",
         )
-        _require(0 <= self.min_gain < 1, "min_gain", self.min_gain, "in [0, 1)")
         _require(self.cooldown_s >= 0, "cooldown_s", self.cooldown_s, "0 or more seconds")
         _require(
             self.max_migrations_per_instance >= 1,
@@ -182,6 +189,7 @@ class RebalancingConfig:
             self.max_migrations_per_instance,
             "1 or more",
         )
+        _require(self.max_moves_per_round >= 1, "max_moves_per_round", self.max_moves_per_round, "1 or more")
 
 
 class LogLevel(StrEnum):
@@ -226,14 +234,62 @@ class LoadConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QueueingConfig:
+    """When a request is bound to an instance, and when it waits in the global queue."""
+
+    reserve_blocks_per_running: float = 8.0  #: blocks that each running request is expected to grow into soon
+    prefill_backlog_tokens: int = 8192  #: an instance with so much to prefill starts nobody soon
+    earmark_share: float = 0.0625  #: of the instances, that may be kept for requests which fit nowhere; one at least
+    scan_depth: int = 64  #: requests at the head of the queue that are looked at
+
+    def __post_init__(self) -> None:
+        reserve = self.reserve_blocks_per_running
+        _require(reserve >= 0, "reserve_blocks_per_running", reserve, "0 or more")
+        backlog = self.prefill_backlog_tokens
+        _require(backlog >= 1, "prefill_backlog_tokens", backlog, "1 or more")
+        _require(0 <= self.earmark_share <= 1, "earmark_share", self.earmark_share, "in [0, 1]")
+        _require(self.scan_depth >= 1, "scan_depth", self.scan_depth, "1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalingConfig:
+    """Range of the average freeness (Llumnix, OSDI'24, section 6.5: [10, 60])."""
+
+    low_freeness: float = 10.0
+    high_freeness: float = 60.0
+    min_instances: int = 1
+    max_instances: int = 16
+    period_s: float = 10.0  #: the average must be outside of the range for so long
+    cooldown_s: float = 10.0  #: between two decisions
+
+    def __post_init__(self) -> None:
+        _require(
+            self.low_freeness < self.high_freeness,
+            "low_freeness",
+            self.low_freeness,
+            f"less than high_freeness={self.high_freeness}",
+        )
+        _require(
+            1 <= self.min_instances <= self.max_instances,
+            "min_instances",
+            self.min_instances,
+            f"in [1, max_instances={self.max_instances}]",
+        )
+        for name in ("period_s", "cooldown_s"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """What the global scheduler does."""
 
     dispatch_policy: str = "freeness"
     load: LoadConfig = LoadConfig()
+    queueing: QueueingConfig | None = None  #: None: a request is bound as it arrives
     rebalancing: RebalancingConfig | None = None  #: None: requests move only on demand
     drain: DrainConfig = DrainConfig()
     admission: AdmissionConfig | None = None  #: None: queues have no bound
+    scaling: ScalingConfig | None = None  #: None: instances are started and drained on demand
     no_instance_timeout_s: float = 0.0  #: how long a request waits for any instance to be ready; 0: it is rejected
     policy_errors_stop: bool = False  #: a policy that fails raises PolicyError; otherwise the default takes its place
     snapshot_interval_s: float = 0.02  #: instances push at most this often
@@ -252,4 +308,5 @@ class SchedulerConfig:
         """Seconds between two ticks; None: nothing depends on them."""
         if self.rebalancing is not None:
             return self.rebalancing.interval_s
-        return self.tick_s if self.no_instance_timeout_s else None
+        wanted = self.no_instance_timeout_s or self.queueing is not None or self.scaling is not None
+        return self.tick_s if wanted else None

@@ -77,6 +77,10 @@ class Ledger:
         """Requests that were sent to the instance and that it has not shown yet."""
         return len(self._unseen.get(instance, ()))
 
+    def pending_tokens(self, instance: InstanceId) -> int:
+        """Tokens of the prompts of unseen requests."""
+        return sum(r.num_prompt_tokens for r in self._unseen.get(instance, {}).values())
+
     def pending_blocks(self, instance: InstanceId, block_size: int) -> int:
         """KV blocks that the prompts of unseen requests will need."""
         unseen = self._unseen.get(instance)

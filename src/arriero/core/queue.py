@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
+from bisect import bisect_left, insort
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from arriero.core.types import Dispatchable, RequestId
 
@@ -21,30 +23,39 @@ class RequestQueue:
     """Priority, then first come, first served."""
 
     def __init__(self) -> None:
-        self._heap: list[Queued] = []
+        self._line: list[Queued] = []
         self._live: dict[RequestId, Queued] = {}
         self._number = 0
+        self._num_tokens = 0
 
     def __len__(self) -> int:
-        return len(self._live)
+        return len(self._line)
 
     def push(self, request: Dispatchable, now: float) -> None:
         """Queue a request that is not queued."""
         self._number += 1
         entry = Queued((not request.is_replay, request.priority, self._number), request, now)
         self._live[request.request_id] = entry
-        heapq.heappush(self._heap, entry)
-
-    def head(self) -> Queued | None:
-        """Who is next."""
-        while self._heap and self._live.get(self._heap[0].request.request_id) is not self._heap[0]:
-            heapq.heappop(self._heap)
-        return self._heap[0] if self._heap else None
+        self._num_tokens += request.num_prompt_tokens + 1
+        insort(self._line, entry)
 
     def remove(self, request_id: RequestId) -> bool:
         """Take a request out, if it is here; whether it was."""
-        return self._live.pop(request_id, None) is not None
+        entry = self._live.pop(request_id, None)
+        if entry is None:
+            return False
+        self._num_tokens -= entry.request.num_prompt_tokens + 1
+        del self._line[bisect_left(self._line, entry)]
+        return True
+
+    def first(self, num: int) -> Iterator[Dispatchable]:
+        """Up to so many, in order; the queue may change meanwhile."""
+        return iter([entry.request for entry in islice(self._line, num)])
+
+    def demand(self) -> tuple[int, int]:
+        """Requests in the queue, and the tokens that their prompts take."""
+        return len(self._line), self._num_tokens
 
     def older_than(self, since_s: float) -> list[Dispatchable]:
         """Those that came before ``since_s``, in the order of the queue."""
-        return [q.request for q in sorted(q for q in self._live.values() if q.since_s < since_s)]
+        return [q.request for q in self._line if q.since_s < since_s]

@@ -11,7 +11,8 @@ import random
 from collections.abc import Mapping
 
 from arriero.core.admission import Admission, Occupancy
-from arriero.core.commands import Command, Dispatch, PolicyFailed, Reject, RejectKind, Stop
+from arriero.core.binding import LateBinding
+from arriero.core.commands import Command, Dispatch, Drain, Launch, PolicyFailed, Reject, RejectKind, Stop
 from arriero.core.config import SchedulerConfig
 from arriero.core.dispatch import MaxFreeness, make_dispatch_policy
 from arriero.core.draining import Evacuation, why_not
@@ -19,6 +20,7 @@ from arriero.core.errors import PolicyError
 from arriero.core.ledger import Ledger
 from arriero.core.queue import RequestQueue
 from arriero.core.rebalancing import Rebalancer
+from arriero.core.scaling import Scaler
 from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, InstanceState, RequestId
 from arriero.core.view import ClusterView
 
@@ -31,10 +33,13 @@ class GlobalScheduler:
         self.view = ClusterView(config.load, random.Random(config.seed))
         self._policy = make_dispatch_policy(config.dispatch_policy)
         self._fallback = MaxFreeness()
+        self._binding = LateBinding(config.queueing) if config.queueing is not None else None
         self._queue = RequestQueue()
         self._admission = Admission(config.admission) if config.admission is not None else None
         self._rebalancer = Rebalancer(config.rebalancing) if config.rebalancing is not None else None
         self._evacuation = Evacuation(config.drain)
+        self._scaler = Scaler(config.scaling) if config.scaling is not None else None
+        self._num_starting = 0
         self._moving: dict[RequestId, tuple[InstanceId, InstanceId]] = {}
 
     # ------------------------------------------------------------------ events
@@ -49,7 +54,7 @@ class GlobalScheduler:
         if overloaded is not None:
             return [overloaded]
         self._queue.push(request, now)
-        commands = self._bind(now)
+        commands = self._bind(now, may_earmark=True)
         if not self.view.candidates and not self.config.no_instance_timeout_s:
             self._queue.remove(request.request_id)
             commands.append(_unavailable(request))
@@ -69,12 +74,18 @@ class GlobalScheduler:
         if self._admission is not None and instance is not None:
             self._admission.ended(now)
         self._forget(request_id)
-        return self._stop_if_empty(instance) if instance is not None else []
+        return self._bind(now) + (self._stop_if_empty(instance) if instance is not None else [])
 
     def instance_joined(self, instance: InstanceId, now: float) -> list[Command]:
         """``instance`` is ready to serve."""
+        self._num_starting = max(0, self._num_starting - 1)
         self.view.set_state(instance, InstanceState.READY)
         return self._bind(now) + self._evacuate(now)
+
+    def launch_failed(self, now: float) -> list[Command]:
+        """An instance that was to be started did not come up."""
+        self._num_starting = max(0, self._num_starting - 1)
+        return []
 
     def instance_draining(self, instance: InstanceId, now: float) -> list[Command]:
         """``instance`` takes no new requests; what it holds moves away. Once it is empty, it is to be stopped."""
@@ -96,6 +107,8 @@ class GlobalScheduler:
     ) -> list[Command]:
         """A migration is under way, on demand or by a command of ours."""
         self._moving[request_id] = (source, destination)
+        if self._rebalancer is not None:
+            self._rebalancer.started(request_id, self.view.snapshots.get(source), now)
         return []
 
     def migration_ended(self, request_id: RequestId, now: float, *, ok: bool) -> list[Command]:
@@ -105,15 +118,22 @@ class GlobalScheduler:
             self.view.moved(request_id, destination)
         else:
             self._evacuation.failed(request_id, source, now)
-        if self._rebalancer is not None and self.view.ledger.knows(request_id):
-            self._rebalancer.rest(request_id, now)
-        return self._evacuate(now) + self._stop_if_empty(source)
+        commands = self._bind(now)
+        if self._rebalancer is not None:
+            self._rebalancer.moved(request_id, now, ok=ok)
+            if not self.view.ledger.knows(request_id):
+                self._rebalancer.ended(request_id)
+            if ok:
+                commands += self._rebalancer.round(self.view, self._moving, now, source)
+        return commands + self._evacuate(now) + self._stop_if_empty(source)
 
     def tick(self, now: float) -> list[Command]:
         """Time has passed: every ``config.interval_s``."""
-        commands = self._expire(now)
+        commands = self._bind(now, may_earmark=True) + self._expire(now)
         if self._rebalancer is not None:
             commands += self._rebalancer.round(self.view, self._moving, now)
+        if self._scaler is not None:
+            commands += self._scale(self._scaler, now)
         return commands
 
     # ------------------------------------------------------------------ what can be seen
@@ -147,32 +167,41 @@ class GlobalScheduler:
 
     # ------------------------------------------------------------------ rules
 
-    def _bind(self, now: float) -> list[Command]:
-        """Give instances to those that wait for one."""
+    def _bind(self, now: float, *, may_earmark: bool = False) -> list[Command]:
+        """Give instances to those that wait for one. Instances are kept for requests only when all of them have been
+        looked at alike: on arrivals and ticks, not as the snapshot of one comes in.
+        """
         commands: list[Command] = []
-        while self.view.candidates and (head := self._queue.head()) is not None:
-            request = head.request
-            instance = self._choose(request, now, commands)
-            self._queue.remove(request.request_id)
-            commands.append(
-                Dispatch(
-                    request_id=request.request_id,
-                    instance=instance,
-                    reason=f"{self.config.dispatch_policy}: freeness {self.view.freeness(instance):.1f}",
-                )
-            )
-            self.view.sent(request, instance)
+        binding, depth = self._binding, len(self._queue)
+        if not depth or not self.view.candidates:
+            return commands
+        if binding is None:
+            for request in self._queue.first(depth):
+                self._dispatch(request, self._choose(request, now, commands), commands)
+            return commands
+        assert self.config.queueing is not None
+        line = self._queue.first(self.config.queueing.scan_depth)
+        for request, roomiest in binding.candidates(line, self.view, may_earmark=may_earmark):
+            chosen = self._choose(request, now, commands)
+            has_room = chosen == roomiest or binding.has_room(request, self.view, chosen)
+            self._dispatch(request, chosen if has_room else roomiest, commands)
         return commands
 
     def _evacuate(self, now: float) -> list[Command]:
         """The next moves away from instances that drain."""
         return [*self._evacuation.round(self.view, self._moving, now)] if self._evacuation.is_on else []
 
+    def _dispatch(self, request: Dispatchable, instance: InstanceId, commands: list[Command]) -> None:
+        self._queue.remove(request.request_id)
+        reason = f"{self.config.dispatch_policy}: freeness {self.view.freeness(instance):.1f}"
+        commands.append(Dispatch(request_id=request.request_id, instance=instance, reason=reason))
+        self.view.sent(request, instance)
+
     def _choose(self, request: Dispatchable, now: float, commands: list[Command]) -> InstanceId:
         view = self.view
         try:
             instance = self._policy.choose(request, view)
-            if view.states.get(instance) is InstanceState.READY:
+            if view.is_candidate(instance):
                 return instance
             error = f"chose instance {instance!r}, which is none of the candidates {list(view.candidates)}"
             cause: Exception | None = None
@@ -186,13 +215,25 @@ class GlobalScheduler:
         commands.append(PolicyFailed(policy=policy, error=error))
         return self._fallback.choose(request, view)
 
+    def _scale(self, scaler: Scaler, now: float) -> list[Command]:
+        num_queued, num_tokens = self._queue.demand()
+        sizes = [s.block_size for s in self.view.snapshots.values()]
+        queued = (num_queued, -(-num_tokens // sizes[0]) if sizes else 0)
+        commands = scaler.round(self.view, queued, self._num_starting, now)
+        for command in list(commands):
+            if isinstance(command, Launch):
+                self._num_starting += command.num_instances
+            elif isinstance(command, Drain):
+                commands += self.instance_draining(command.instance, now)
+        return commands
+
     def _expire(self, now: float) -> list[Command]:
         """Requests that have waited too long for any instance at all."""
         if self.view.candidates:
             return []
         late = self._queue.older_than(now - self.config.no_instance_timeout_s)
         for request in late:
-            self._queue.remove(request.request_id)
+            self._forget(request.request_id)
         return [_unavailable(request) for request in late]
 
     def _impossible(self, request: Dispatchable) -> str | None:
@@ -239,6 +280,8 @@ class GlobalScheduler:
 
     def _forget(self, request_id: RequestId) -> None:
         self._queue.remove(request_id)
+        if self._binding is not None:
+            self._binding.forget(request_id, self.view)
         self.view.ended(request_id)
         if self._rebalancer is not None:
             self._rebalancer.ended(request_id)

@@ -72,6 +72,7 @@ class InstanceSnapshot:
     requests: tuple[RequestSnapshot, ...] = ()
     num_preemptions: int = 0  #: since start
     num_steps: int = 0  #: since start
+    step_s: float = 0.0  #: how long the last step took; 0: not known
     num_running: int = 0
     num_waiting: int = 0
     head_demand_blocks: int = 0  #: of the first waiting request
@@ -92,6 +93,7 @@ class InstanceSnapshot:
         max_num_seqs: int,
         num_preemptions: int = 0,
         num_steps: int = 0,
+        step_s: float = 0.0,
     ) -> InstanceSnapshot:
         """A snapshot with its aggregates, in one pass over ``requests``."""
         listed = tuple(requests)
@@ -117,6 +119,7 @@ class InstanceSnapshot:
             requests=listed,
             num_preemptions=num_preemptions,
             num_steps=num_steps,
+            step_s=step_s,
             num_running=sum(running.values()),
             num_waiting=num_waiting,
             head_demand_blocks=head,

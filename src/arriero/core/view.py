@@ -24,6 +24,9 @@ class ClusterView:
         self.states: dict[InstanceId, InstanceState] = {}
         self.snapshots: dict[InstanceId, InstanceSnapshot] = {}
         self.ledger = Ledger()
+        self.earmarks: dict[
+            InstanceId, int
+        ] = {}  #: instances that are kept for a request, and the blocks that it needs
         self._candidates: list[InstanceId] | None = None
         self._freeness: dict[InstanceId, float] = {}
         self._changed: list[set[InstanceId]] = []
@@ -36,6 +39,10 @@ class ClusterView:
         if self._candidates is None:
             self._candidates = sorted(i for i, s in self.states.items() if s is InstanceState.READY)
         return self._candidates
+
+    def is_candidate(self, instance: InstanceId) -> bool:
+        """Whether the instance may be given a request."""
+        return self.states.get(instance) is InstanceState.READY
 
     def freeness(self, instance: InstanceId) -> float:
         """Freeness with the ledger's pending requests counted; 0 before the first snapshot.
@@ -84,8 +91,17 @@ class ClusterView:
         """``instance`` is gone."""
         self.states.pop(instance, None)
         self.snapshots.pop(instance, None)
+        self.earmarks.pop(instance, None)
         self.ledger.forget(instance)
         self._candidates = None
+        self.touch(instance)
+
+    def earmark(self, instance: InstanceId, num_blocks: int | None) -> None:
+        """``instance`` is kept for a request that needs ``num_blocks``; None: no more."""
+        if num_blocks is None:
+            self.earmarks.pop(instance, None)
+        else:
+            self.earmarks[instance] = num_blocks
         self.touch(instance)
 
     def see(self, snapshot: InstanceSnapshot) -> None:

@@ -54,6 +54,7 @@ class SimEngine:
         self.config = config
         self.block_size = config.block_size
         self.num_steps = 0
+        self.step_s = 0.0  #: how long the last one took
         self.held = Holdings(config)
         self.copier = make_copier(self.held.pool)
         self._instance = instance
@@ -111,6 +112,7 @@ class SimEngine:
         assert self._step is not None, "no step is in flight"
         step, self._step = self._step, None
         self.num_steps += 1
+        self.step_s = now - step.started_s
         outputs = []
         for chunk in step.chunks:
             sequence = chunk.sequence
@@ -276,7 +278,7 @@ class SimEngine:
 
     def snapshot(self, now: float) -> InstanceSnapshot:
         """The load report."""
-        return self.held.snapshot(self._instance, now, self.num_steps)
+        return self.held.snapshot(self._instance, now, self.num_steps, self.step_s)
 
     def check_integrity(self) -> None:
         """Raise ProtocolError if the books contradict themselves."""

@@ -65,6 +65,8 @@ class FastEngine:
         self.block_size = config.block_size
         self.num_free = config.num_blocks
         self.num_steps = 0
+        self.step_s = 0.0  #: how long the last finished step took
+        self.begun_s = 0.0  #: the segment in flight
         self.num_preemptions = 0
         self.num_looked_up = 0  #: tokens of admitted requests that were looked for in the prefix cache
         self.num_hit = 0  #: those of them that were there
@@ -202,6 +204,7 @@ class FastEngine:
             alike = not awaited and num_decodes == len(self.running) and self.num_preemptions == before
             ends = self._decode_ends(now, num_decodes, context, self._num_alike(max_steps) if alike else 1)
         self.segment = Segment(ends, chunks)
+        self.begun_s = now
         return self.segment
 
     def _decode_ends(self, now: float, num_decodes: int, context: int, num_steps: int) -> list[float]:
@@ -247,6 +250,7 @@ class FastEngine:
         assert self.segment is not None, "no step is in flight"
         segment, self.segment = self.segment, None
         num_steps, size = len(segment.ends), self.block_size
+        self.step_s = self.took_s(segment, num_steps)
         self.num_steps += num_steps
         heard: list[FastSequence] = []
         ended: list[FastSequence] = []
@@ -268,6 +272,10 @@ class FastEngine:
         for sequence in ended:
             self.drop(sequence.request_id)
         return heard, ended
+
+    def took_s(self, segment: Segment, number: int) -> float:
+        """Seconds that step ``number`` (from 1) of the segment took."""
+        return segment.ends[number - 1] - (segment.ends[number - 2] if number > 1 else self.begun_s)
 
     # ------------------------------------------------------------------ the rule, as in sim/batch.py
 

@@ -42,6 +42,7 @@ def snapshot(engine: FastEngine, now: float, num_steps: int = 0) -> InstanceSnap
         max_num_seqs=engine.config.max_num_seqs,
         num_preemptions=engine.num_preemptions,
         num_steps=engine.num_steps + num_steps,
+        step_s=engine.took_s(engine.segment, num_steps) if num_steps and engine.segment else engine.step_s,
     )
 
 

@@ -52,7 +52,7 @@ class Holdings:
 
     # ------------------------------------------------------------------ reports
 
-    def snapshot(self, instance: InstanceId, now: float, num_steps: int) -> InstanceSnapshot:
+    def snapshot(self, instance: InstanceId, now: float, num_steps: int, step_s: float = 0.0) -> InstanceSnapshot:
         """The load report: running, waiting in queue order, frozen, coming in."""
         return InstanceSnapshot.of(
             (self._describe(s) for s in self._sequences()),
@@ -64,6 +64,7 @@ class Holdings:
             max_num_seqs=self.config.max_num_seqs,
             num_preemptions=self.batch.num_preemptions,
             num_steps=num_steps,
+            step_s=step_s,
         )
 
     def _sequences(self) -> Iterator[Sequence]:

@@ -37,7 +37,7 @@ def summarize(result: SimulationResult) -> dict[str, Any]:
         "num_rejected": len(result.records) - len(finished),
         "num_instances": result.config.num_instances,
         "duration_s": result.end_s,
-        "instance_hours": result.config.num_instances * result.end_s / 3600,
+        "instance_hours": result.instance_s / 3600,
         "tokens_per_s": sum(r.num_output for r in finished) / result.end_s if result.end_s else 0.0,
         "num_steps": result.num_steps,
         "prefix_hit": result.prefix_hit,
@@ -79,10 +79,10 @@ def _of_moves(result: SimulationResult) -> dict[str, Any]:
 def _of_samples(result: SimulationResult) -> dict[str, Any]:
     if not result.samples:
         return {"fragmentation": None, "memory": None}
-    num_blocks = result.config.num_instances * result.config.engine.num_blocks
+    num_blocks = result.config.engine.num_blocks
     return {
-        "fragmentation": _mean(s.fragmented / num_blocks for s in result.samples),
-        "memory": _mean(sum(s.used) / num_blocks for s in result.samples),
+        "fragmentation": _mean(s.fragmented / (num_blocks * max(1, len(s.used))) for s in result.samples),
+        "memory": _mean(sum(s.used) / (num_blocks * max(1, len(s.used))) for s in result.samples),
     }
 
 

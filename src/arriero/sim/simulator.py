@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from arriero.core.commands import Command, Dispatch, Move, Reject
-from arriero.core.config import CopyConfig, MigrationConfig, RebalancingConfig, SchedulerConfig
-from arriero.core.dispatch import DISPATCH_POLICIES
+from arriero.core.commands import Command, Dispatch, Drain, Launch, Move, PolicyFailed, Reject, Stop
+from arriero.core.config import CopyConfig, MigrationConfig, SchedulerConfig
 from arriero.core.errors import ConfigError, ProtocolError
 from arriero.core.pace import StepPace
+from arriero.core.policies import policy_config
 from arriero.core.types import Dispatchable, InstanceId, MigrationMode, RequestId
 from arriero.observe.decisions import make_scheduler
 from arriero.observe.events import EventLog
@@ -18,6 +19,7 @@ from arriero.sim.config import SimEngineConfig
 from arriero.sim.fast_engine import FastEngine, FastSequence
 from arriero.sim.fast_reports import check_integrity, head_demand, prefix_hit
 from arriero.sim.kernel import Kernel
+from arriero.sim.membership import Membership
 from arriero.sim.moves import MoveReport, VirtualMigrations
 from arriero.sim.network import Network, NetworkConfig
 from arriero.sim.prefix_cache import Share, prompt_segments
@@ -26,18 +28,13 @@ from arriero.sim.records import Record
 from arriero.sim.virtual_instance import InstanceHooks, VirtualInstance
 from arriero.workload.workload import Arrival, Workload
 
-BLIND = frozenset({"round_robin", "least_outstanding"})
+BLIND = frozenset({"round_robin", "least_outstanding", "power_of_two", "cache_aware"})
 """Dispatch policies that look at no snapshot: none is made for them, unless requests are rebalanced."""
 
 
 def scheduler_config(policy: str, seed: int = 0) -> SchedulerConfig:
-    """What ``--policy`` means: a dispatch policy, or ``arriero``: freeness with rebalancing. Raises ConfigError."""
-    if policy == "arriero":
-        return SchedulerConfig(dispatch_policy="freeness", rebalancing=RebalancingConfig(), seed=seed)
-    if policy not in DISPATCH_POLICIES and "." not in policy:
-        known = ", ".join([*DISPATCH_POLICIES, "arriero"])
-        raise ConfigError(f"policy {policy!r} is unknown: use one of {known} or the dotted path of your own class")
-    return SchedulerConfig(dispatch_policy=policy, seed=seed)
+    """What ``--policy`` means. Raises ConfigError."""
+    return replace(policy_config(policy), seed=seed)
 
 
 def engine_config(profile: Profile, **facts: Any) -> SimEngineConfig:
@@ -66,12 +63,15 @@ class SimulatorConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     prefill_first: bool = False  #: as vLLM v0 schedules
     max_steps: int = 128
+    launch_s: float = 30.0  #: from the decision to start an instance until it serves
     sample_s: float = 0.0  #: between two samples of the instances' memory; 0: none
 
     def __post_init__(self) -> None:
         for name in ("num_instances", "max_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is invalid: it must be 1 or more")
+        if self.launch_s < 0:
+            raise ConfigError(f"launch_s={self.launch_s!r} is invalid: it must be 0 or more seconds")
         if self.sample_s < 0:
             raise ConfigError(f"sample_s={self.sample_s!r} is invalid: it must be 0 or more seconds")
 
@@ -100,6 +100,7 @@ class SimulationResult:
     samples: list[Sample]
     end_s: float  #: when the last request ended
     num_steps: int
+    instance_s: float  #: sum over the instances, from launch to stop
     prefix_hit: float | None = None  #: share of the tokens to prefill that a prefix cache had; None without one
 
 
@@ -127,11 +128,21 @@ class Simulator:
         self._end_s = 0.0
         rebalancing = config.scheduler.rebalancing
         pace = StepPace() if rebalancing is not None else None
-        self._looks = rebalancing is not None or config.scheduler.dispatch_policy not in BLIND
+        self._looks = (
+            rebalancing is not None
+            or config.scheduler.queueing is not None
+            or config.scheduler.dispatch_policy not in BLIND
+        )
         network = Network(config.network, self.kernel, lambda instance: self.instances[instance].cut())
-        hooks = InstanceHooks(on_step=self._on_step, on_preempted=self._on_preempted)
-        self.instances = [
-            VirtualInstance(
+        hooks = InstanceHooks(
+            on_step=self._on_step,
+            on_preempted=self._on_preempted,
+            on_pushed=self._on_pushed,
+            is_watched=lambda: self.scheduler.num_queued > 0,
+        )
+
+        def make(instance: InstanceId) -> VirtualInstance:
+            return VirtualInstance(
                 FastEngine(config.engine, instance=instance, prefill_first=config.prefill_first),
                 self.kernel,
                 network,
@@ -142,8 +153,8 @@ class Simulator:
                 snapshot_interval_s=config.scheduler.snapshot_interval_s if self._looks else None,
                 max_steps=config.max_steps,
             )
-            for instance in range(config.num_instances)
-        ]
+
+        self.instances = Membership(make)
         self.migrations = VirtualMigrations(
             kernel=self.kernel,
             instances=self.instances,
@@ -155,10 +166,8 @@ class Simulator:
 
     def run(self) -> SimulationResult:
         """Until every request has ended. Raises ArrieroError if a policy fails."""
-        for instance in self.instances:
-            self._emit("instance_ready", instance=instance.instance)
-            self._carry_out(self.scheduler.instance_joined(instance.instance, 0.0))
-            instance.report()
+        for _ in range(self.config.num_instances):
+            self._join(self.instances.launch(0.0))
         if self._arrivals:
             self.kernel.at(self._arrivals[0].arrival_s, self._arrive)
             if self.config.scheduler.interval_s is not None:
@@ -173,6 +182,7 @@ class Simulator:
             self.samples,
             self._end_s,
             sum(i.engine.num_steps for i in self.instances),
+            sum(life.seconds(self._end_s) for life in self.instances.lives),
             prefix_hit([i.engine for i in self.instances]),
         )
 
@@ -200,7 +210,11 @@ class Simulator:
             priority=arrival.priority,
             block_hashes=tuple(arrival.prefix_ids()) if self.config.engine.prefix_caching else (),
         )
+        was_watched = self.scheduler.num_queued > 0
         self._carry_out(self.scheduler.arrived(facts, self.kernel.now))
+        if self.scheduler.num_queued and not was_watched:
+            for instance in self.instances.present():
+                instance.watch()
 
     def _max_tokens(self, arrival: Arrival) -> int:
         longest = self.config.engine.max_model_len - arrival.prompt_tokens
@@ -222,8 +236,33 @@ class Simulator:
                     self._move(command)
                 case Reject(request_id=request_id, reason=reason):
                     self._reject(self.records[request_id], reason)
-                case _:
-                    raise ProtocolError(f"{command} cannot be carried out in virtual time")
+                case Launch(num_instances=num_instances):
+                    for _ in range(num_instances):
+                        self._launch()
+                case Drain(instance=instance, reason=reason):
+                    self._emit("instance_draining", instance=instance, reason=reason)
+                case Stop(instance=instance):
+                    self._stop(instance)
+                case PolicyFailed():
+                    raise ProtocolError(f"{command} cannot be: here a policy that fails stops the run")
+
+    def _launch(self) -> None:
+        instance = self.instances.launch(self.kernel.now)
+        self._emit("instance_starting", instance=instance.instance)
+        self.kernel.at(self.kernel.now + self.config.launch_s, partial(self._join, instance))
+
+    def _join(self, instance: VirtualInstance) -> None:
+        if self._is_over and self._arrivals:
+            return
+        self._emit("instance_ready", instance=instance.instance)
+        self.instances.joined(instance.instance)
+        self._carry_out(self.scheduler.instance_joined(instance.instance, self.kernel.now))
+        instance.report()
+
+    def _stop(self, instance: InstanceId) -> None:
+        self._emit("instance_stopped", instance=instance)
+        self.instances.stop(instance, self.kernel.now)
+        self._carry_out(self.scheduler.instance_lost(instance, self.kernel.now))
 
     def _place(self, record: Record, instance: InstanceId) -> None:
         now, arrival = self.kernel.now, record.arrival
@@ -303,11 +342,20 @@ class Simulator:
         """Deliver what was pushed before now. Only here, since only decisions look at snapshots."""
         if not self._looks:
             return
-        for instance in self.instances:
-            instance.settle_snapshots()
-            if instance.due is not None:
-                due, instance.due = instance.due, None
-                self._carry_out(self.scheduler.snapshot(due, self.kernel.now))
+        for instance in self.instances.present():
+            self._collect_snapshot(instance)
+
+    def _collect_snapshot(self, instance: VirtualInstance) -> None:
+        instance.settle_snapshots()
+        if instance.due is not None:
+            due, instance.due = instance.due, None
+            self._carry_out(self.scheduler.snapshot(due, self.kernel.now))
+
+    def _on_pushed(self, instance: InstanceId) -> None:
+        """Somebody waits for what the snapshot may show: it is heard of as soon as it can be."""
+        if self.scheduler.num_queued:
+            arrives_s = self.kernel.now + self.config.network.latency_s
+            self.kernel.at(arrives_s, partial(self._collect_snapshot, self.instances[instance]))
 
     def _tick(self) -> None:
         if self._is_over:
@@ -331,14 +379,15 @@ class Simulator:
         if self._is_over:
             return
         self.kernel.at(self.kernel.now + self.config.sample_s, self._sample)
-        used = tuple(instance.num_used_blocks() for instance in self.instances)
-        free = sum(instance.engine.config.num_blocks for instance in self.instances) - sum(used)
+        present = list(self.instances.present())
+        used = tuple(instance.num_used_blocks() for instance in present)
+        free = sum(instance.engine.config.num_blocks for instance in present) - sum(used)
         fragmented = 0
-        for demand in sorted(filter(None, (head_demand(instance.engine) for instance in self.instances))):
+        for demand in sorted(filter(None, (head_demand(instance.engine) for instance in present))):
             if fragmented + demand > free:
                 break
             fragmented += demand
-        num_waiting = sum(len(instance.engine.waiting) for instance in self.instances)
+        num_waiting = sum(len(instance.engine.waiting) for instance in present)
         self.samples.append(Sample(self.kernel.now, used, fragmented, num_waiting))
 
     def _emit(self, event: str, **fields: Any) -> None:

@@ -33,6 +33,8 @@ class InstanceHooks:
 
     on_step: Callable[[int, list[FastSequence], list[FastSequence]], None]  #: awaited ones heard of, ended ones
     on_preempted: Callable[[list[FastSequence]], None]
+    on_pushed: Callable[[int], None]  #: a snapshot is due
+    is_watched: Callable[[], bool]  #: somebody waits for what a snapshot may show
 
 
 class VirtualInstance:
@@ -63,6 +65,7 @@ class VirtualInstance:
         self._version = 0
         self._free_s = 0.0
         self._pushed_s = -1e9
+        self._is_shown = True  # nothing but decoding has happened since the last snapshot
         self._step_s = 0.0  # the last one's
         self._begun_s = 0.0
         self._last_end_s = 0.0
@@ -166,7 +169,8 @@ class VirtualInstance:
             self._kernel.at(now + hold_s, self._go_on, self._order)
             return
         self.engine.slow_down = self._network.slow_down(self.instance)
-        segment = self.engine.begin(now, 1 if self.llumlet.door.is_announced else self._max_steps)
+        is_near = self.llumlet.door.is_announced or (not self._is_shown and self._hooks.is_watched())
+        segment = self.engine.begin(now, 1 if is_near else self._max_steps)
         if self.engine.preempted:
             self._hooks.on_preempted(self.engine.preempted)
             self.engine.preempted.clear()
@@ -199,11 +203,17 @@ class VirtualInstance:
             if now - self._swept_s >= _SWEEP_S:
                 self._swept_s = now
                 self.llumlet.after_step(now)
+        self._is_shown = False
         if self._interval_s is not None and now - self._pushed_s >= self._interval_s:
             self._push(now)
         self._go_on()
 
     # ------------------------------------------------------------------ snapshots
+
+    def watch(self) -> None:
+        """From now on somebody waits for what the next snapshot shows: it is not foreseen away."""
+        if not self._is_shown:
+            self.cut()
 
     def report(self) -> None:
         """Push a snapshot at once, if anybody looks."""
@@ -225,3 +235,5 @@ class VirtualInstance:
 
     def _push(self, now: float) -> None:
         self._pushed_s, self.due = now, snapshot(self.engine, now)
+        self._is_shown = True
+        self._hooks.on_pushed(self.instance)

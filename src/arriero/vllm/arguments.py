@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,8 +19,9 @@ from arriero.core.config import (
     RecoveryConfig,
     SchedulerConfig,
 )
-from arriero.core.dispatch import make_dispatch_policy
+from arriero.core.dispatch import DISPATCH_POLICIES, make_dispatch_policy
 from arriero.core.errors import ConfigError
+from arriero.core.policies import POLICIES, policy_config
 from arriero.vllm.compat import FlexibleArgumentParser, make_arg_parser, validate_parsed_serve_args
 
 WORKER_EXTENSION = "arriero.vllm.worker.ArrieroWorkerExtension"
@@ -70,30 +71,28 @@ def make_parser(kind: type[FlexibleArgumentParser] = OneLineParser) -> FlexibleA
         description="OpenAI-compatible server over several vLLM instances that moves requests while they run. "
         "Takes every option of `vllm serve`, and these of its own:",
     )
-    defaults, migration, copy, admission = RebalancingConfig(), MigrationConfig(), CopyConfig(), AdmissionConfig()
+    migration, copy, admission = MigrationConfig(), CopyConfig(), AdmissionConfig()
     recovery = RecoveryConfig()
     group = parser.add_argument_group("arriero")
     group.add_argument("--instances", type=int, default=2, help="vLLM instances to start (default: 2)")
     group.add_argument(
+        "--policy",
+        default="arriero",
+        help=f"a whole set of scheduling rules: one of {', '.join(POLICIES)} (default: arriero)",
+    )
+    group.add_argument(
         "--dispatch-policy",
-        default="freeness",
-        help="freeness, least_outstanding, round_robin, or the dotted path of a class (default: freeness)",
+        help=f"of these rules, where a request goes: one of {', '.join(DISPATCH_POLICIES)}, or the path of a class",
     )
     group.add_argument(
         "--rebalance",
-        action="store_true",
-        help="migrate running requests from fuller to emptier instances in the background",
+        action=argparse.BooleanOptionalAction,
+        help="of these rules, whether running requests move to emptier instances in the background",
     )
-    group.add_argument("--rebalance-interval", type=float, default=defaults.interval_s, help="seconds")
-    group.add_argument(
-        "--rebalance-low", type=float, default=defaults.low_freeness, help="freeness below which requests leave"
-    )
-    group.add_argument(
-        "--rebalance-high", type=float, default=defaults.high_freeness, help="freeness above which requests may come"
-    )
-    group.add_argument(
-        "--max-migrations-per-instance", type=int, default=defaults.max_migrations_per_instance, help="at a time"
-    )
+    group.add_argument("--rebalance-interval", type=float, help="seconds between two rounds")
+    group.add_argument("--rebalance-low", type=float, help="freeness below which requests leave")
+    group.add_argument("--rebalance-high", type=float, help="freeness above which requests may come")
+    group.add_argument("--max-migrations-per-instance", type=int, help="at a time")
     group.add_argument(
         "--migration-share",
         type=float,
@@ -184,28 +183,16 @@ def parse(
 def _options(args: argparse.Namespace) -> ServeOptions:
     if args.instances < 1:
         raise ConfigError(f"--instances {args.instances} is invalid: it must be 1 or more")
-    rebalancing = RebalancingConfig(
-        interval_s=args.rebalance_interval,
-        low_freeness=args.rebalance_low,
-        high_freeness=args.rebalance_high,
-        max_migrations_per_instance=args.max_migrations_per_instance,
-    )
     if args.event_log is not None and not args.event_log.absolute().parent.is_dir():
         raise ConfigError(f"--event-log {args.event_log}: there is no folder {args.event_log.absolute().parent}")
     if args.event_log is not None and args.event_log.is_dir():
         raise ConfigError(f"--event-log {args.event_log} is a folder: name a file")
     if args.event_log_level is not None and args.event_log is None:
         raise ConfigError(f"--event-log-level {args.event_log_level} needs --event-log FILE")
-    make_dispatch_policy(args.dispatch_policy)  # raises ConfigError now, not when everything else is set up
     return ServeOptions(
         num_instances=args.instances,
         engine=args.engine,
-        scheduler=SchedulerConfig(
-            dispatch_policy=args.dispatch_policy,
-            rebalancing=rebalancing if args.rebalance else None,
-            no_instance_timeout_s=args.no_instance_timeout,
-            admission=AdmissionConfig(max_queued_requests=args.max_queued_requests),
-        ),
+        scheduler=_scheduler(args),
         http=HttpConfig(client_timeout_s=args.client_timeout),
         migration=MigrationConfig(timeout_s=args.migration_timeout),
         copy=CopyConfig(copy_share=args.migration_share),
@@ -214,6 +201,32 @@ def _options(args: argparse.Namespace) -> ServeOptions:
         event_log_config=EventLogConfig(level=LogLevel(args.event_log_level or LogLevel.EVENTS)),
         pin_cores=args.pin_cores,
     )
+
+
+def _scheduler(args: argparse.Namespace) -> SchedulerConfig:
+    """The rules that ``--policy`` stands for, with the changes of the other flags."""
+    config = policy_config(args.policy)
+    given = {
+        name: value
+        for name, value in (
+            ("interval_s", args.rebalance_interval),
+            ("low_freeness", args.rebalance_low),
+            ("high_freeness", args.rebalance_high),
+            ("max_migrations_per_instance", args.max_migrations_per_instance),
+        )
+        if value is not None
+    }
+    rebalancing = replace(config.rebalancing or RebalancingConfig(), **given)
+    wanted = config.rebalancing is not None if args.rebalance is None else args.rebalance
+    config = replace(
+        config,
+        dispatch_policy=args.dispatch_policy or config.dispatch_policy,
+        rebalancing=rebalancing if wanted else None,
+        no_instance_timeout_s=args.no_instance_timeout,
+        admission=AdmissionConfig(max_queued_requests=args.max_queued_requests),
+    )
+    make_dispatch_policy(config.dispatch_policy)  # raises ConfigError now, not when everything else is set up
+    return config
 
 
 def _refuse_conflicts(args: argparse.Namespace) -> None:

@@ -259,7 +259,7 @@ class ArrieroEngineCore(EngineCoreProc):
         if not self._dirty or (not force and now - self._pushed_s < self._spec.snapshot_interval_s):
             return None
         self._dirty, self._pushed_s = False, now
-        snapshot = self._port.snapshot(self._spec.instance, now, self._num_steps)
+        snapshot = self._port.snapshot(self._spec.instance, now, self._num_steps, self._step_s)
         return UtilityOutput(SNAPSHOT_CALL_ID, result=UtilityResult(encode_snapshot(snapshot)))
 
 

@@ -263,7 +263,7 @@ class VllmEnginePort:
 
     # ------------------------------------------------------------------ load
 
-    def snapshot(self, instance: InstanceId, now: float, num_steps: int) -> InstanceSnapshot:
+    def snapshot(self, instance: InstanceId, now: float, num_steps: int, step_s: float) -> InstanceSnapshot:
         """What the scheduler sees of this instance."""
         pool = self._kv.block_pool
         return InstanceSnapshot.of(
@@ -276,6 +276,7 @@ class VllmEnginePort:
             max_num_seqs=self._scheduler.max_num_running_reqs,
             num_preemptions=self.num_preemptions,
             num_steps=num_steps,
+            step_s=step_s,
         )
 
     def _snapshots(self) -> Iterator[RequestSnapshot]:

@@ -5,20 +5,26 @@ from __future__ import annotations
 import importlib
 from typing import cast
 
+from arriero.core.dispatch.cache_aware import CacheAware
 from arriero.core.dispatch.least_outstanding import LeastOutstanding
 from arriero.core.dispatch.max_freeness import MaxFreeness
 from arriero.core.dispatch.port import DispatchPolicy
+from arriero.core.dispatch.power_of_two import PowerOfTwo
 from arriero.core.dispatch.round_robin import RoundRobin
+from arriero.core.dispatch.vllm_dp import VllmDataParallel
 from arriero.core.errors import ConfigError
 from arriero.core.view import ClusterView
 
 __all__ = [
     "DISPATCH_POLICIES",
+    "CacheAware",
     "ClusterView",
     "DispatchPolicy",
     "LeastOutstanding",
     "MaxFreeness",
+    "PowerOfTwo",
     "RoundRobin",
+    "VllmDataParallel",
     "make_dispatch_policy",
 ]
 
@@ -46,4 +52,7 @@ DISPATCH_POLICIES: dict[str, type[DispatchPolicy]] = {
     "freeness": MaxFreeness,
     "least_outstanding": LeastOutstanding,
     "round_robin": RoundRobin,
+    "power_of_two": PowerOfTwo,
+    "cache_aware": CacheAware,
+    "vllm_dp": VllmDataParallel,
 }

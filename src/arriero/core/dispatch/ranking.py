@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable
 from typing import Any
 
-from arriero.core.types import InstanceId, InstanceState
+from arriero.core.types import InstanceId
 from arriero.core.view import ClusterView
 
 Key = Callable[[ClusterView, InstanceId], tuple[Any, ...]]
@@ -40,7 +40,7 @@ class Ranking:
 
     def _update(self, view: ClusterView) -> None:
         for instance in self._changed:
-            if view.states.get(instance) is InstanceState.READY:
+            if view.is_candidate(instance):
                 entry = (*self._key(view, instance), instance)
                 self._latest[instance] = entry
                 heapq.heappush(self._heap, entry)

@@ -1,0 +1,42 @@
+"""Policies by name: a name stands for a whole set of rules."""
+
+from __future__ import annotations
+
+from arriero.core.config import (
+    LoadConfig,
+    QueueingConfig,
+    QueueTerm,
+    RebalancingConfig,
+    RebalancingRule,
+    SchedulerConfig,
+)
+from arriero.core.dispatch import DISPATCH_POLICIES
+from arriero.core.errors import ConfigError
+
+_PAPER = RebalancingConfig(
+    rule=RebalancingRule.PAPER, low_freeness=3.0, high_freeness=3.0, cooldown_s=0.0, max_migrations_per_instance=1
+)
+
+POLICIES: dict[str, SchedulerConfig] = {
+    "arriero": SchedulerConfig(
+        dispatch_policy="freeness",
+        load=LoadConfig(queue_term=QueueTerm.ALL),
+        queueing=QueueingConfig(),
+        rebalancing=RebalancingConfig(),
+    ),
+    "llumnix": SchedulerConfig(dispatch_policy="freeness", rebalancing=_PAPER),
+    "infaas": SchedulerConfig(dispatch_policy="freeness", load=LoadConfig(queue_term=QueueTerm.ALL)),
+    **{name: SchedulerConfig(dispatch_policy=name) for name in DISPATCH_POLICIES},
+}
+"""`arriero` is the default; `llumnix` is the paper, and `infaas` its INFaaS++: the same dispatch without migration."""
+
+
+def policy_config(name: str) -> SchedulerConfig:
+    """All rules that ``name`` stands for; a dotted path is a dispatch policy of the user's own. Raises ConfigError."""
+    if name in POLICIES:
+        return POLICIES[name]
+    if "." not in name:
+        raise ConfigError(
+            f"policy {name!r} is unknown: use one of {', '.join(POLICIES)} or the dotted path of your own class"
+        )
+    return SchedulerConfig(dispatch_policy=name)

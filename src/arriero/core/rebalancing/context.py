@@ -1,0 +1,44 @@
+"""What a rule of rebalancing sees in one round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+
+from arriero.core.config import RebalancingConfig
+from arriero.core.types import InstanceId, InstanceSnapshot, Phase, RequestId, RequestSnapshot
+from arriero.core.view import ClusterView
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round: instances that may take part, and requests that may not."""
+
+    view: ClusterView
+    config: RebalancingConfig
+    instances: tuple[InstanceId, ...]  #: with a snapshot, and in fewer moves than the limit
+    resting: Set[RequestId]  #: moving, or moved a moment ago
+    now: float
+    copy_s_per_block: float  #: learned from past moves; 0 before the first
+    source: InstanceId | None = None  #: only this one gives; None: all may
+
+    def gives(self, instance: InstanceId) -> bool:
+        """Whether the instance may be a source."""
+        return self.source is None or instance == self.source
+
+    def snapshot(self, instance: InstanceId) -> InstanceSnapshot:
+        """The last one of an instance that takes part."""
+        return self.view.snapshots[instance]
+
+    def pending_blocks(self, instance: InstanceId) -> int:
+        """Demand of requests on their way to the instance."""
+        return self.view.ledger.pending_blocks(instance, self.snapshot(instance).block_size)
+
+    def movable(self, instance: InstanceId) -> Iterator[RequestSnapshot]:
+        """Requests there that may move now."""
+        for request in self.snapshot(instance).requests:
+            if request.phase not in (Phase.WAITING, Phase.RUNNING) or request.request_id in self.resting:
+                continue
+            facts = self.view.ledger.facts_of(request.request_id)
+            if facts is None or facts.unmovable is None:
+                yield request

@@ -1,0 +1,110 @@
+"""Rebalancing by need: the cheapest move that gives a full instance what it lacks, if it is worth it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from arriero.core.commands import Move
+from arriero.core.rebalancing.context import Round
+from arriero.core.types import InstanceId, Phase, RequestId, RequestSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What an instance lacks."""
+
+    instance: InstanceId
+    blocks: float  #: that should become free there
+    urgency: float  #: the less, the sooner: blocks a request until preemption; below 0 for a head that waits
+    why: str
+
+
+def relief_moves(this: Round) -> list[Move]:
+    """In the order of urgency, each needy instance gives one request to the instance with most room.
+
+    An instance is needy if the head of its queue lacks blocks; if it is kept for a request that lacks some; or if its
+    running requests will run out of memory within ``low_freeness`` blocks each: then a request moves instead of being
+    preempted. None is both source and destination in one round.
+    """
+    needs = sorted(
+        (n for i in this.instances if (n := _need(this, i)) is not None), key=lambda n: (n.urgency, n.instance)
+    )
+    needy = {n.instance for n in needs}
+    room = {i: _room(this, i) for i in this.instances if i not in needy}
+    moves: list[Move] = []
+    for need in needs:
+        if not this.gives(need.instance):
+            continue
+        if not room or len(moves) >= this.config.max_moves_per_round:
+            break
+        destination = max(room, key=lambda i: (room[i], -i))
+        request = _choose(this, need, destination, room[destination])
+        if request is not None:
+            del room[destination]
+            moves.append(
+                Move(
+                    request_id=request.request_id,
+                    source=need.instance,
+                    destination=destination,
+                    reason=f"{need.why}; {request.num_blocks} blocks move",
+                )
+            )
+    return moves
+
+
+def _need(this: Round, instance: InstanceId) -> Need | None:
+    snapshot, low = this.snapshot(instance), this.config.low_freeness
+    free = snapshot.num_free_blocks
+    lacking = snapshot.head_demand_blocks - free
+    if snapshot.num_waiting and lacking > 0:
+        return Need(instance, lacking, -lacking, f"the queue of {instance} lacks {lacking} blocks")
+    kept = this.view.earmarks.get(instance)
+    if kept is not None:
+        lacking = max(1, kept + math.ceil(low * snapshot.num_running) - free)
+        return Need(instance, lacking, -lacking, f"a request of {kept} blocks is to start at {instance}")
+    num_left = snapshot.num_running - 1
+    if num_left > 0 and free < low * snapshot.num_running:
+        reach = free / snapshot.num_running
+        return Need(instance, low * num_left - free, reach, f"{instance} has {reach:.1f} blocks a request left")
+    return None
+
+
+def _room(this: Round, instance: InstanceId) -> float:
+    """Free blocks that nobody waits for, beyond what keeps the instance from being needy."""
+    snapshot = this.snapshot(instance)
+    num = snapshot.num_running + snapshot.num_waiting + this.view.ledger.num_pending(instance)
+    if num >= snapshot.max_num_seqs:
+        return -math.inf
+    free = snapshot.num_free_blocks - snapshot.waiting_demand_blocks - this.pending_blocks(instance)
+    return free - this.config.high_freeness * (num + 1)
+
+
+def _choose(this: Round, need: Need, destination: InstanceId, room: float) -> RequestSnapshot | None:
+    """A waiting request goes for free. Of the running ones, a less urgent one first, then the smallest that gives what
+    is lacking, or else the largest; it must pay.
+    """
+    best: RequestSnapshot | None = None
+    best_key: tuple[bool, int, bool, float, RequestId] | None = None
+    for request in this.movable(need.instance):
+        is_running = request.phase is Phase.RUNNING
+        blocks = request.num_blocks + 1 if is_running else request.demand_blocks
+        if blocks > room or (is_running and not _pays(this, need, request)):
+            continue
+        suffices = request.num_blocks >= need.blocks
+        size = request.num_blocks if suffices else -request.num_blocks
+        key = (is_running, -request.priority, not suffices, size, request.request_id)
+        if best_key is None or key < best_key:
+            best, best_key = request, key
+    return best
+
+
+def _pays(this: Round, need: Need, request: RequestSnapshot) -> bool:
+    """Whether the copy ends before the need does: a long context whose copy takes longer than the time until memory
+    runs out prevents nothing, and its copy slows two instances.
+    """
+    if need.urgency < 0:
+        return True
+    snapshot = this.snapshot(need.instance)
+    left_s = need.urgency * snapshot.block_size * snapshot.step_s
+    return request.num_blocks * this.copy_s_per_block <= max(left_s, this.config.interval_s)
