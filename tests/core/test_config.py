@@ -72,6 +72,7 @@ WRONG: list[tuple[type[Any], str, Any]] = [
     (SchedulerConfig, "tick_s", 0.0),
     (RebalancingConfig, "max_moves_per_round", 0),
     (QueueingConfig, "reserve_blocks_per_running", -1.0),
+    (QueueingConfig, "reserve_share", 1.0),
     (QueueingConfig, "prefill_backlog_tokens", 0),
     (QueueingConfig, "earmark_share", 1.5),
     (QueueingConfig, "scan_depth", 0),

@@ -90,7 +90,8 @@ class LateBinding:
             return float("-inf")
         free = snapshot.num_free_blocks - snapshot.waiting_demand_blocks
         free -= view.ledger.pending_blocks(instance, snapshot.block_size)
-        return free - config.reserve_blocks_per_running * batch
+        # Each running request grows, but those that end make up for it: the more there are, the less of it is needed.
+        return free - min(config.reserve_blocks_per_running * batch, config.reserve_share * snapshot.num_blocks)
 
     @staticmethod
     def _demand(request: Dispatchable, view: ClusterView, instance: InstanceId) -> int:

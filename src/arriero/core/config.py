@@ -238,6 +238,7 @@ class QueueingConfig:
     """When a request is bound to an instance, and when it waits in the global queue."""
 
     reserve_blocks_per_running: float = 8.0  #: blocks that each running request is expected to grow into soon
+    reserve_share: float = 0.125  #: of an instance's blocks, that this comes to at most
     prefill_backlog_tokens: int = 8192  #: an instance with so much to prefill starts nobody soon
     earmark_share: float = 0.0625  #: of the instances, that may be kept for requests which fit nowhere; one at least
     scan_depth: int = 64  #: requests at the head of the queue that are looked at
@@ -245,6 +246,7 @@ class QueueingConfig:
     def __post_init__(self) -> None:
         reserve = self.reserve_blocks_per_running
         _require(reserve >= 0, "reserve_blocks_per_running", reserve, "0 or more")
+        _require(0 <= self.reserve_share < 1, "reserve_share", self.reserve_share, "in [0, 1)")
         backlog = self.prefill_backlog_tokens
         _require(backlog >= 1, "prefill_backlog_tokens", backlog, "1 or more")
         _require(0 <= self.earmark_share <= 1, "earmark_share", self.earmark_share, "in [0, 1]")

@@ -12,6 +12,7 @@ class Ledger:
     """Where each request was sent, and which of them no snapshot has shown."""
 
     def __init__(self) -> None:
+        self.unmovable: set[RequestId] = set()  #: of the requests in somebody's care
         self._where: dict[RequestId, InstanceId] = {}
         self._assigned: dict[InstanceId, dict[RequestId, Dispatchable]] = {}
         self._unseen: dict[InstanceId, dict[RequestId, Dispatchable]] = {}
@@ -23,6 +24,8 @@ class Ledger:
         """``request`` was sent to ``instance``, and is nowhere else."""
         self.ended(request.request_id)
         self._where[request.request_id] = instance
+        if request.unmovable is not None:
+            self.unmovable.add(request.request_id)
         self._assigned.setdefault(instance, {})[request.request_id] = request
         self._unseen.setdefault(instance, {})[request.request_id] = request
 
@@ -36,6 +39,7 @@ class Ledger:
         """The request finished or was aborted. Idempotent."""
         instance = self._where.pop(request_id, None)
         if instance is not None:
+            self.unmovable.discard(request_id)
             self._assigned[instance].pop(request_id)
             self._unseen[instance].pop(request_id, None)
 
@@ -67,6 +71,7 @@ class Ledger:
         """The instance is gone."""
         for request_id in self._assigned.pop(instance, {}):
             del self._where[request_id]
+            self.unmovable.discard(request_id)
         self._unseen.pop(instance, None)
 
     def num_outstanding(self, instance: InstanceId) -> int:

@@ -36,9 +36,8 @@ class Round:
 
     def movable(self, instance: InstanceId) -> Iterator[RequestSnapshot]:
         """Requests there that may move now."""
+        resting, unmovable = self.resting, self.view.ledger.unmovable
         for request in self.snapshot(instance).requests:
-            if request.phase not in (Phase.WAITING, Phase.RUNNING) or request.request_id in self.resting:
-                continue
-            facts = self.view.ledger.facts_of(request.request_id)
-            if facts is None or facts.unmovable is None:
+            phase, name = request.phase, request.request_id
+            if (phase is Phase.RUNNING or phase is Phase.WAITING) and name not in resting and name not in unmovable:
                 yield request

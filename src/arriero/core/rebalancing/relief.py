@@ -31,17 +31,16 @@ def relief_moves(this: Round) -> list[Move]:
         (n for i in this.instances if (n := _need(this, i)) is not None), key=lambda n: (n.urgency, n.instance)
     )
     needy = {n.instance for n in needs}
-    room = {i: _room(this, i) for i in this.instances if i not in needy}
+    room = sorted((-_room(this, i), i) for i in this.instances if i not in needy)
     moves: list[Move] = []
     for need in needs:
+        if len(moves) == min(len(room), this.config.max_moves_per_round):
+            break
         if not this.gives(need.instance):
             continue
-        if not room or len(moves) >= this.config.max_moves_per_round:
-            break
-        destination = max(room, key=lambda i: (room[i], -i))
-        request = _choose(this, need, destination, room[destination])
+        free, destination = room[len(moves)]
+        request = _choose(this, need, -free)
         if request is not None:
-            del room[destination]
             moves.append(
                 Move(
                     request_id=request.request_id,
@@ -80,31 +79,30 @@ def _room(this: Round, instance: InstanceId) -> float:
     return free - this.config.high_freeness * (num + 1)
 
 
-def _choose(this: Round, need: Need, destination: InstanceId, room: float) -> RequestSnapshot | None:
+def _choose(this: Round, need: Need, room: float) -> RequestSnapshot | None:
     """A waiting request goes for free. Of the running ones, a less urgent one first, then the smallest that gives what
     is lacking, or else the largest; it must pay.
     """
+    most = min(room - 1, _most_that_pays(this, need))
     best: RequestSnapshot | None = None
     best_key: tuple[bool, int, bool, float, RequestId] | None = None
     for request in this.movable(need.instance):
-        is_running = request.phase is Phase.RUNNING
-        blocks = request.num_blocks + 1 if is_running else request.demand_blocks
-        if blocks > room or (is_running and not _pays(this, need, request)):
+        num_blocks, is_running = request.num_blocks, request.phase is Phase.RUNNING
+        if num_blocks > most if is_running else request.demand_blocks > room:
             continue
-        suffices = request.num_blocks >= need.blocks
-        size = request.num_blocks if suffices else -request.num_blocks
-        key = (is_running, -request.priority, not suffices, size, request.request_id)
+        suffices = num_blocks >= need.blocks
+        key = (is_running, -request.priority, not suffices, num_blocks if suffices else -num_blocks, request.request_id)
         if best_key is None or key < best_key:
             best, best_key = request, key
     return best
 
 
-def _pays(this: Round, need: Need, request: RequestSnapshot) -> bool:
-    """Whether the copy ends before the need does: a long context whose copy takes longer than the time until memory
+def _most_that_pays(this: Round, need: Need) -> float:
+    """Blocks whose copy ends before the need does: a long context whose copy takes longer than the time until memory
     runs out prevents nothing, and its copy slows two instances.
     """
-    if need.urgency < 0:
-        return True
+    if need.urgency < 0 or not this.copy_s_per_block:
+        return math.inf
     snapshot = this.snapshot(need.instance)
     left_s = need.urgency * snapshot.block_size * snapshot.step_s
-    return request.num_blocks * this.copy_s_per_block <= max(left_s, this.config.interval_s)
+    return max(left_s, this.config.interval_s) / this.copy_s_per_block
