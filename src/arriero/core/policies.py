@@ -13,6 +13,7 @@ from arriero.core.config import (
 from arriero.core.dispatch import DISPATCH_POLICIES
 from arriero.core.errors import ConfigError
 
+_TARGETS = ((-1, 0.1175),)  # the paper's 1,600 of 13,616 tokens, where requests of priority -1 and below run
 _PAPER = RebalancingConfig(
     rule=RebalancingRule.PAPER, low_freeness=3.0, high_freeness=3.0, cooldown_s=0.0, max_migrations_per_instance=1
 )
@@ -20,11 +21,11 @@ _PAPER = RebalancingConfig(
 POLICIES: dict[str, SchedulerConfig] = {
     "arriero": SchedulerConfig(
         dispatch_policy="freeness",
-        load=LoadConfig(queue_term=QueueTerm.ALL),
+        load=LoadConfig(queue_term=QueueTerm.ALL, load_targets=_TARGETS),
         queueing=QueueingConfig(),
         rebalancing=RebalancingConfig(),
     ),
-    "llumnix": SchedulerConfig(dispatch_policy="freeness", rebalancing=_PAPER),
+    "llumnix": SchedulerConfig(dispatch_policy="freeness", load=LoadConfig(load_targets=_TARGETS), rebalancing=_PAPER),
     "infaas": SchedulerConfig(dispatch_policy="freeness", load=LoadConfig(queue_term=QueueTerm.ALL)),
     **{name: SchedulerConfig(dispatch_policy=name) for name in DISPATCH_POLICIES},
 }

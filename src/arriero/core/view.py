@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from arriero.core.config import LoadConfig
 from arriero.core.ledger import Ledger
@@ -44,17 +45,25 @@ class ClusterView:
         """Whether the instance may be given a request."""
         return self.states.get(instance) is InstanceState.READY
 
-    def freeness(self, instance: InstanceId) -> float:
+    def freeness(self, instance: InstanceId, *, with_headroom: bool = True) -> float:
         """Freeness with the ledger's pending requests counted; 0 before the first snapshot.
 
-        A draining instance holds a fake request of infinite usage: everything moves away from it.
+        A draining instance holds a fake request of infinite usage: everything moves away from it. Without headroom it
+        is what an urgent request may use.
         """
+        if not with_headroom:
+            return self._compute_freeness(instance, replace(self.config, load_targets=()))
         known = self._freeness.get(instance)
         if known is None:
-            known = self._freeness[instance] = self._compute_freeness(instance)
+            known = self._freeness[instance] = self._compute_freeness(instance, self.config)
         return known
 
-    def _compute_freeness(self, instance: InstanceId) -> float:
+    def is_urgent(self, priority: int) -> bool:
+        """Whether headroom is kept for requests of this priority."""
+        targets = self.config.load_targets
+        return bool(targets) and priority <= targets[-1][0]
+
+    def _compute_freeness(self, instance: InstanceId, config: LoadConfig) -> float:
         if self.states.get(instance) is InstanceState.DRAINING:
             return -math.inf
         snapshot = self.snapshots.get(instance)
@@ -62,7 +71,7 @@ class ClusterView:
             return 0.0
         return freeness(
             snapshot,
-            self.config,
+            config,
             pending_blocks=self.ledger.pending_blocks(instance, snapshot.block_size),
             num_pending=self.ledger.num_pending(instance),
         )

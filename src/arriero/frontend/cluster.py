@@ -418,6 +418,7 @@ class Cluster:
             await self.instances.launch()
         except LaunchError as error:
             logger.error("%s", error)
+            self._carry_out(self.scheduler.launch_failed(self.clock()))
 
     async def _tick_forever(self, interval_s: float) -> None:
         while True:

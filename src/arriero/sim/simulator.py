@@ -12,7 +12,7 @@ from arriero.core.config import CopyConfig, MigrationConfig, SchedulerConfig
 from arriero.core.errors import ConfigError, ProtocolError
 from arriero.core.pace import StepPace
 from arriero.core.policies import policy_config
-from arriero.core.types import Dispatchable, InstanceId, MigrationMode, RequestId
+from arriero.core.types import Dispatchable, InstanceId, RequestId
 from arriero.observe.decisions import make_scheduler
 from arriero.observe.events import EventLog
 from arriero.sim.config import SimEngineConfig
@@ -295,7 +295,7 @@ class Simulator:
         record, now = self.records[move.request_id], self.kernel.now
         if record.finish_s >= 0 or record.instance != move.source:
             return
-        if self.migrations.start(record, move.destination, MigrationMode.LIVE, move.reason):
+        if self.migrations.start(record, move.destination, move.mode, move.reason):
             self._carry_out(self.scheduler.migration_started(move.request_id, move.source, move.destination, now))
 
     # ------------------------------------------------------------------ what instances say

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from arriero.core.commands import Move
+from arriero.core.load import headroom
 from arriero.core.rebalancing.context import Round
 from arriero.core.types import InstanceId, Phase, RequestId, RequestSnapshot
 
@@ -16,7 +17,7 @@ class Need:
 
     instance: InstanceId
     blocks: float  #: that should become free there
-    urgency: float  #: the less, the sooner: blocks a request until preemption; below 0 for a head that waits
+    urgency: float  #: the less, the sooner: blocks a request until preemption; below 0: somebody waits for them
     why: str
 
 
@@ -62,6 +63,9 @@ def _need(this: Round, instance: InstanceId) -> Need | None:
     if kept is not None:
         lacking = max(1, kept + math.ceil(low * snapshot.num_running) - free)
         return Need(instance, lacking, -lacking, f"a request of {kept} blocks is to start at {instance}")
+    crowd = _crowd(this, instance)
+    if crowd > 0:
+        return Need(instance, crowd, math.inf, f"{crowd} blocks crowd the urgent requests at {instance}")
     num_left = snapshot.num_running - 1
     if num_left > 0 and free < low * snapshot.num_running:
         reach = free / snapshot.num_running
@@ -69,9 +73,21 @@ def _need(this: Round, instance: InstanceId) -> Need | None:
     return None
 
 
+def _crowd(this: Round, instance: InstanceId) -> int:
+    """Blocks that others than the urgent requests hold beyond the load at which those decode near their best speed."""
+    snapshot, view = this.snapshot(instance), this.view
+    kept = max((headroom(p, view.config, snapshot.num_blocks) for p, _ in snapshot.running_by_priority), default=0)
+    if not kept:
+        return 0
+    others = sum(r.num_blocks for r in snapshot.requests if r.phase is Phase.RUNNING and not view.is_urgent(r.priority))
+    return min(others, kept - snapshot.num_free_blocks)
+
+
 def _room(this: Round, instance: InstanceId) -> float:
     """Free blocks that nobody waits for, beyond what keeps the instance from being needy."""
-    snapshot = this.snapshot(instance)
+    snapshot, config = this.snapshot(instance), this.view.config
+    if config.load_targets and any(this.view.is_urgent(p) for p, _ in snapshot.running_by_priority):
+        return -math.inf
     num = snapshot.num_running + snapshot.num_waiting + this.view.ledger.num_pending(instance)
     if num >= snapshot.max_num_seqs:
         return -math.inf
@@ -88,6 +104,8 @@ def _choose(this: Round, need: Need, room: float) -> RequestSnapshot | None:
     best_key: tuple[bool, int, bool, float, RequestId] | None = None
     for request in this.movable(need.instance):
         num_blocks, is_running = request.num_blocks, request.phase is Phase.RUNNING
+        if math.isinf(need.urgency) and this.view.is_urgent(request.priority):
+            continue
         if num_blocks > most if is_running else request.demand_blocks > room:
             continue
         suffices = num_blocks >= need.blocks
@@ -101,7 +119,7 @@ def _most_that_pays(this: Round, need: Need) -> float:
     """Blocks whose copy ends before the need does: a long context whose copy takes longer than the time until memory
     runs out prevents nothing, and its copy slows two instances.
     """
-    if need.urgency < 0 or not this.copy_s_per_block:
+    if need.urgency < 0 or math.isinf(need.urgency) or not this.copy_s_per_block:
         return math.inf
     snapshot = this.snapshot(need.instance)
     left_s = need.urgency * snapshot.block_size * snapshot.step_s
