@@ -17,6 +17,7 @@ BIN   := .venv/bin
 STAMP := .venv/.installed-$(shell { echo '$(TORCH)'; cat requirements/lock.txt pyproject.toml; } | cksum | cut -d' ' -f1)
 
 .PHONY: help setup model serve check lint types format test test-fast
+.PHONY: bench-policies bench-scheduler
 .PHONY: bench-migration bench-overhead bench-sim bench-race bench-fidelity peers soak mutants clean bench-drain
 
 help: ## List the targets
@@ -87,6 +88,12 @@ bench-drain: setup ## Measure draining and rolling restarts, simulated and real 
 
 bench-sim: setup ## Measure the simulator: against vidur, and how it grows (ARGS=...)
 	$(BIN)/python -m arriero.bench.sim $(ARGS)
+
+bench-policies: setup ## Simulate all policies at the points of Llumnix (ARGS=...)
+	$(BIN)/python -m arriero.bench.policies $(ARGS)
+
+bench-scheduler: setup ## Measure how long the scheduler takes to decide (ARGS=...)
+	$(BIN)/python -m arriero.bench.scheduler $(ARGS)
 
 soak: setup ## Serve for long, with random migrations and deaths (ARGS=...)
 	$(BIN)/python -m arriero.bench.soak $(ARGS)

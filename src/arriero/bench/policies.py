@@ -1,8 +1,8 @@
 """`make bench-policies`: the points of Llumnix (OSDI'24), section 6, for all policies, in virtual time.
 
-16 instances of ``llama-7b_a10``. Our engines (vLLM v1: chunked prefill) sustain more than the paper's (v0), so each of its
-rates is scaled to equal utilisation: to where ``infaas`` has the prefill P99 that the paper's INFaaS++ has. ``--find``
-searches those rates anew. Runs are independent and go to ``--processes`` at a time.
+16 instances of ``llama-7b_a10``. Our engines (vLLM v1: chunked prefill) sustain more than the paper's (v0), so each of
+its rates is scaled to equal utilisation: to where ``infaas`` has the prefill P99 that the paper's INFaaS++ has.
+``--find`` searches those rates anew. Runs are independent and go to ``--processes`` at a time.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _noise(samples: Sequence[Mapping[str, Any]], point: str, name: str) -> float
     values = [figures(s)[name] for s in samples if (s["point"], s["policy"]) == (point, "llumnix")]
     mean = fmean(values)
     spread = (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values)) ** 0.5
-    return spread / mean
+    return float(spread / mean)
 
 
 def _of_priorities(samples: Sequence[Mapping[str, Any]]) -> list[Target]:
@@ -251,7 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         samples = list(_told(pool.map(simulate, runs_of(args)), len(runs_of(args))))
     rows, targets = rows_of(samples), targets_of(samples)
-    print_table("Policies at the paper's points", rows, targets)
+    for point in dict.fromkeys(row["point"] for row in rows):
+        print_table(point, [{k: v for k, v in row.items() if k != "point"} for row in rows if row["point"] == point])
+    print_table("Targets", [], targets)
     write("policies", samples, targets, rows=rows, points=[asdict(p) for points in SETS.values() for p in points])
     return 0
 
