@@ -131,9 +131,10 @@ async def start_engines(*flags: str) -> AsyncIterator[Engines]:
     from arriero.vllm.server import engine_config, make_async_llm, running_cluster
 
     cli_env_setup()
-    args, options = parse([str(ensure_bundled_model()), *FLAGS, *flags])
+    argv = [str(ensure_bundled_model()), *FLAGS, *flags]
+    args, options = parse(argv)
     config = engine_config(args, options)
-    async with running_cluster(args, options, config) as cluster:
+    async with running_cluster(args, options, config, argv) as cluster:
         llm = make_async_llm(config, cluster, args)
         try:
             yield Engines(llm, cluster)

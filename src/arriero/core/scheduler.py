@@ -80,6 +80,7 @@ class GlobalScheduler:
         """``instance`` is ready to serve."""
         self._num_starting = max(0, self._num_starting - 1)
         self.view.set_state(instance, InstanceState.READY)
+        self._evacuation.end(instance)
         return self._bind(now) + self._evacuate(now)
 
     def launch_failed(self, now: float) -> list[Command]:

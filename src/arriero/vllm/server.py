@@ -252,9 +252,12 @@ def _socket_folder() -> Iterator[Path]:
 
 @contextlib.asynccontextmanager
 async def running_cluster(
-    args: argparse.Namespace, options: ServeOptions, vllm_config: Any, argv: list[str]
+    args: argparse.Namespace, options: ServeOptions, vllm_config: Any, argv: Sequence[str]
 ) -> AsyncIterator[Cluster]:
-    """Instances started and ready; all ended at exit, whatever happens. Raises LaunchError."""
+    """Instances started and ready; all ended at exit, whatever happens. Raises LaunchError.
+
+    ``argv``: what ``args`` and ``options`` were parsed from; a rolling restart may add flags to them.
+    """
     for name in sweep(SHM_PREFIX):
         _say(f"reclaimed shared memory {name} of an earlier run")
     for name in reclaim_folders():
