@@ -196,7 +196,7 @@ def test_unknown_flags_and_values_exit_with_2_and_one_line(
 def test_an_error_of_our_own_while_parsing_is_not_taken_for_one_of_the_user(
     arguments: Any, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken() -> Any:
+    def broken(kind: Any) -> Any:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(arguments, "make_parser", broken)
@@ -215,6 +215,7 @@ def test_what_is_not_given_has_the_defaults_of_the_configuration(arguments: Any,
         no_instance_timeout_s=arguments.RecoveryConfig().no_instance_timeout_s,
     )
     assert options.http == arguments.HttpConfig()
+    assert options.recovery == arguments.RecoveryConfig()
     assert options.migration == arguments.MigrationConfig()
     assert options.copy == arguments.CopyConfig()
 
@@ -225,7 +226,8 @@ def test_our_options_reach_the_configuration_and_those_of_vllm_the_engine(
     flags = (
         "--instances 3 --engine sim --no-pin --dispatch-policy round_robin --migration-share 0.5 --migration-timeout 7 "
         "--rebalance --rebalance-interval 1 --rebalance-low 2 --rebalance-high 4 --max-migrations-per-instance 5 "
-        "--max-queued-requests 9 --client-timeout 2.5 --max-model-len 1k --port 1234 --api-server-count 1"
+        "--max-queued-requests 9 --client-timeout 2.5 --max-model-len 1k --port 1234 --api-server-count 1 "
+        "--no-restart --hang-timeout 9 --max-replays 1 --no-instance-timeout 8"
     )
     args, options = arguments.parse([model, *flags.split(), "--event-log", str(tmp_path / "events")])
     assert (options.num_instances, options.engine, options.pin_cores) == (3, "sim", False)
@@ -233,6 +235,8 @@ def test_our_options_reach_the_configuration_and_those_of_vllm_the_engine(
     assert options.copy.copy_share == 0.5
     assert options.migration.timeout_s == 7
     assert options.scheduler.dispatch_policy == "round_robin"
+    assert options.scheduler.no_instance_timeout_s == 8
+    assert options.recovery == arguments.RecoveryConfig(restart=False, hang_timeout_s=9, max_replays=1)
     assert options.scheduler.rebalancing == arguments.RebalancingConfig(
         interval_s=1, low_freeness=2, high_freeness=4, max_migrations_per_instance=5
     )
@@ -510,3 +514,66 @@ def test_the_key_goes_to_the_server(server: StubServer, printed: Any, command: l
     server.json("/requests/r/migrate", {"ok": True, "migrations": []})
     assert run(*command, "--url", server.url, "--api-key", "key") == 0
     assert {asked.authorization for asked in server.asked} == {"Bearer key"}
+
+
+# ---------------------------------------------------------------------- draining and restarting
+
+
+def test_status_notes_how_an_instance_died_and_which_one_it_replaces(server: StubServer, printed: Any) -> None:
+    server.json("/instances", [{**DEAD, "stage": "killed by SIGKILL"}, {**READY, "id": 2, "replaces": 1}])
+    server.json("/requests", [])
+    assert run("status", "--url", server.url) == 0
+    dead, ready = columns_of(printed().out)[3:5]
+    assert (dead[-1], ready[-1]) == ("killed by SIGKILL", "replaces 1")
+
+
+def test_drain_asks_for_it_and_says_how_long_it_took(server: StubServer, printed: Any) -> None:
+    report = {"instance": 1, "ok": True, "num_requests": 7, "emptied_s": 1.26, "total_s": 1.84}
+    server.json("/instances/1/drain", report)
+    assert run("drain", "1", "--force", "--url", server.url) == 0
+    assert server.asked == [Asked("POST", "/instances/1/drain", None, {"force": True})]
+    assert printed().out == ("instance 1 ended after 1.8 s; its 7 requests had moved away or ended within 1.3 s\n")
+
+
+def test_a_drain_that_was_cut_short_is_a_failure(server: StubServer, printed: Any) -> None:
+    report = {"instance": 1, "ok": False, "num_requests": 7, "emptied_s": None, "total_s": 300.0}
+    server.json("/instances/1/drain", report)
+    assert run("drain", "1", "--url", server.url) == 1
+    assert "before it was empty" in printed().out
+
+
+def test_a_drain_that_is_refused_says_why(server: StubServer, printed: Any) -> None:
+    server.json("/instances/1/drain", {"error": {"message": "instance 1 is the last one"}}, 409)
+    assert run("drain", "1", "--url", server.url) == 1
+    assert printed().only_line() == "arriero drain: instance 1 is the last one"
+
+
+def test_restart_passes_on_the_flags_after_the_dashes_and_lists_who_replaces_whom(
+    server: StubServer, printed: Any
+) -> None:
+    server.json("/restart", {"ok": True, "replaced": {"0": 2, "1": 3}, "total_s": 61.2, "reason": ""})
+    flags = ("--max-num-seqs", "64", "--url", "of the instances")
+    assert run("restart", "--rolling", "--max-surge", "2", "--url", server.url, "--", *flags) == 0
+    assert server.asked[0].body == {"instances": None, "max_surge": 2, "flags": list(flags)}
+    assert printed().out.splitlines() == ["instance 0 -> 2", "instance 1 -> 3", "2 instances replaced in 61.2 s"]
+
+
+def test_a_restart_that_had_to_end_says_how_far_it_came_and_why(server: StubServer, printed: Any) -> None:
+    report = {"ok": False, "replaced": {"0": 2}, "total_s": 61.2, "reason": "instance 3 ended"}
+    server.json("/restart", report, 409)
+    assert run("restart", "0", "1", "--url", server.url) == 1
+    assert server.asked[0].body == {"instances": [0, 1], "max_surge": None, "flags": []}
+    said = printed()
+    assert said.out == "instance 0 -> 2\n"
+    assert said.err == "arriero restart: instance 3 ended; the other instances were not touched\n"
+
+
+@pytest.mark.parametrize("arguments", [["restart"], ["restart", "1", "--rolling"]])
+def test_restart_wants_names_or_all(printed: Any, arguments: list[str]) -> None:
+    assert run(*arguments) == 2
+    assert "use --rolling for all" in printed().err
+
+
+def test_only_restart_takes_flags_after_dashes(printed: Any) -> None:
+    assert run("drain", "1", "--", "--flag") == 2
+    assert "drain takes no flags after --" in printed().err

@@ -181,12 +181,12 @@ def _status(args: argparse.Namespace) -> int:
     return 0
 
 
-def _note(instance: dict[str, Any]) -> str:
-    """What there is to say of an instance beside its state."""
-    replaces, stage = instance.get("replaces"), instance.get("stage", "")
+def _note(instance: dict[str, Any]) -> str | None:
+    """What there is to say of an instance beside its state, if anything."""
+    replaces, stage = instance.get("replaces"), instance.get("stage") or ""
     said = [stage] if stage not in ("ready", "") else []
     said += [f"replaces {replaces}"] if replaces is not None else []
-    return ", ".join(said)
+    return ", ".join(said) or None
 
 
 INSTANCE_COLUMNS = {

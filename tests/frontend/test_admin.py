@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from arriero.core.errors import (
     ArrieroError,
+    ConfigError,
     ConflictError,
     NotFoundError,
     ProtocolError,
@@ -24,7 +25,9 @@ from arriero.core.errors import (
 from arriero.core.types import InstanceId, MigrationMode
 from arriero.frontend.admin import attach_admin
 from arriero.frontend.cluster import Cluster
+from arriero.frontend.drains import DrainReport
 from arriero.frontend.migrations import MigrationReport
+from arriero.frontend.rolling import RolloutReport
 from arriero.observe.events import EventLog
 
 INSTANCES = [{"id": 0, "state": "ready", "running": 2, "freeness": 1.5}]
@@ -56,6 +59,34 @@ class StubCluster:
     requests: list[str] = field(default_factory=lambda: ["r"])
     migrations: Any = field(default_factory=lambda: SimpleNamespace(open_migrations=lambda: ["m r copying"]))
     instances: Any = field(default_factory=lambda: SimpleNamespace(ready_ids=lambda: [0, 2]))
+
+    restarted: list[tuple[Any, ...]] = field(default_factory=list)
+    drained: list[tuple[InstanceId, bool]] = field(default_factory=list)
+
+    @property
+    def drains(self) -> Any:
+        async def start(instance: InstanceId, *, cause: str, force: bool) -> DrainReport:
+            self.drained.append((instance, force))
+            if self.error is not None:
+                raise self.error
+            return DrainReport(instance=instance, cause=cause, num_requests=3, ok=True)
+
+        return SimpleNamespace(start=start)
+
+    @property
+    def rollout(self) -> Any:
+        async def run(ids: Any, *, max_surge: Any, make_spec: Any, flags: Any) -> RolloutReport:
+            self.restarted.append((ids, max_surge, make_spec, flags))
+            if self.error is not None:
+                raise self.error
+            return RolloutReport(max_surge=1, ok=self.reports[0].ok, reason=self.reports[0].reason)
+
+        return SimpleNamespace(run=run)
+
+    def respec(self, flags: list[str]) -> str:
+        if "--bad" in flags:
+            raise ConfigError("--bad: no such flag")
+        return f"with {' '.join(flags)}"
 
     @property
     def links(self) -> Any:
@@ -327,3 +358,48 @@ async def test_behind_vllm_s_own_handlers_every_error_has_the_same_shape() -> No
         assert response.json().keys() == {"error"}
         assert response.json()["error"].keys() == {"message", "type", "param", "code"}
         assert response.json()["error"]["code"] == status
+
+
+# ---------------------------------------------------------------------- draining and restarting
+
+
+async def test_a_drain_answers_with_its_report_and_is_forced_only_if_asked() -> None:
+    cluster = StubCluster()
+    async with serving(cluster) as client:
+        answer = await client.post("/instances/3/drain")
+        assert (answer.status_code, answer.json()["num_requests"], answer.json()["cause"]) == (200, 3, "on demand")
+        await client.post("/instances/3/drain", json={"force": True})
+    assert cluster.drained == [(3, False), (3, True)]
+
+
+async def test_a_restart_passes_on_what_was_asked_and_new_flags_make_new_specifications() -> None:
+    cluster = StubCluster()
+    async with serving(cluster) as client:
+        assert (await client.post("/restart")).json()["ok"]
+        body = {"instances": [1, 2], "max_surge": 2, "flags": ["--max-num-seqs", "8"]}
+        assert (await client.post("/restart", json=body)).status_code == 200
+    assert cluster.restarted == [
+        (None, None, None, []),
+        ([1, 2], 2, "with --max-num-seqs 8", ["--max-num-seqs", "8"]),
+    ]
+
+
+async def test_a_restart_that_had_to_end_is_a_conflict_with_its_report() -> None:
+    async with serving(StubCluster(reports=[report(ok=False, reason="instance 3 ended")])) as client:
+        answer = await client.post("/restart")
+    assert (answer.status_code, answer.json()["reason"]) == (409, "instance 3 ended")
+
+
+async def test_flags_that_cannot_be_used_are_refused_before_anything_is_touched() -> None:
+    cluster = StubCluster()
+    async with serving(cluster) as client:
+        answer = await client.post("/restart", json={"flags": ["--bad"]})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "--bad: no such flag")
+    assert cluster.restarted == []
+
+
+@pytest.mark.parametrize("path", ["/instances/3/drain", "/restart"])
+async def test_what_cannot_be_drained_or_restarted_is_said_in_openais_shape(path: str) -> None:
+    async with serving(StubCluster(error=ConflictError("instance 3 is the last one"))) as client:
+        answer = await client.post(path)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (409, "instance 3 is the last one")
