@@ -211,6 +211,17 @@ async def test_all_instances_are_replaced_under_load_and_no_stream_notices(fleet
     await fleet.ended()
 
 
+async def test_who_dies_before_its_turn_is_replaced_once(fleet: Fleet) -> None:
+    rolling = asyncio.ensure_future(fleet.cluster.rollout.run(None, max_surge=1))
+    await fleet.until(lambda: len(list(fleet.cluster.instances)) == 4)
+    fleet.kill(1, 2)
+    report = await rolling
+    assert report.ok
+    await fleet.until(lambda: len(fleet.ready) == 3)
+    assert sorted(i.place for i in fleet.cluster.instances if i.state is InstanceState.READY) == [0, 1, 2]
+    fleet.expect_deaths()
+
+
 async def test_new_flags_hold_for_all_that_start_from_then_on(fleet: Fleet) -> None:
     def wider(instance: InstanceId, place: int) -> LaunchSpec:
         fleet.engine_of[instance] = {"num_blocks": 1024}

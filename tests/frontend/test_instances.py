@@ -10,7 +10,7 @@ import pytest
 
 from arriero.core.errors import LaunchError, NotFoundError
 from arriero.core.types import InstanceId, InstanceState
-from arriero.frontend.instances import Instance, Instances
+from arriero.frontend.instances import MAX_DEAD, Instance, Instances
 from arriero.launch.port import Launched, LaunchEvents, LaunchSpec
 
 
@@ -214,3 +214,71 @@ async def test_an_unknown_instance_is_said_with_those_that_there_are(world: Worl
         world.launch()
     with pytest.raises(NotFoundError, match="instance 5 is unknown: there is 0, 1"):
         world.instances[5]
+
+
+# ---------------------------------------------------------------------- places, replacements, ends
+
+
+async def test_a_replacement_takes_the_place_of_the_dead_and_each_knows_of_the_other(world: World) -> None:
+    for _ in range(2):
+        await world.ready()
+    world.instances.on_exit(0, -9)
+    future = world.instances.launch(place=0, replaces=0)
+    assert world.lines[-1] == "instance 2: starting (pid 1002, in place of instance 0)"
+    dead, new = world.instances[0], world.instances[2]
+    assert (dead.replaced_by, dead.stage) == (2, "killed by SIGKILL")
+    assert (new.replaces, new.place) == (0, 0)
+    assert world.instances.replacement_of(dead) is new
+    assert world.instances.replacement_of(new) is new
+    assert not future.done()
+
+
+async def test_without_a_place_of_its_own_it_gets_the_first_that_is_free(world: World) -> None:
+    for _ in range(3):
+        await world.ready()
+    world.instances.on_exit(1, 0)
+    world.launch()
+    world.launch()
+    assert [world.instances.place_of(i) for i in (3, 4, 99)] == [1, 3, 0]
+
+
+async def test_an_end_on_our_order_is_no_loss(world: World) -> None:
+    await world.ready()
+    world.instances.drain(0)
+    assert (world.instances.ready_ids(), world.instances[0].serves) == ([], True)
+    ended = world.instances.end(0)
+    assert world.launcher.ended == [0]
+    world.instances.on_exit(0, 0)
+    assert await ended == 0
+    assert (world.lost, [i.instance_id for i in world.left]) == ([], [0])
+    assert (world.instances[0].stage, world.instances[0].serves) == ("drained", False)
+
+
+async def test_a_killed_instance_keeps_the_reason_and_is_lost(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    await world.ready()
+    world.instances.kill(0, "hung: no answer for 9 s")
+    assert world.launcher.killed == [0]
+    world.instances.on_exit(0, -9)
+    assert [(i.instance_id, i.stage) for i, _ in world.lost] == [(0, "hung: no answer for 9 s")]
+    assert "instance 0 is killed: hung: no answer for 9 s" in caplog.text
+
+
+async def test_who_asks_for_a_drain_is_heard_until_the_end_begins(world: World) -> None:
+    await world.ready()
+    world.instances.on_drain_asked(0)
+    world.instances.close(0.0)
+    world.instances.on_drain_asked(0)
+    assert world.asked == [0]
+    with pytest.raises(LaunchError, match="the server ends"):
+        world.instances.launch()
+
+
+async def test_only_the_last_dead_are_remembered(world: World) -> None:
+    for n in range(MAX_DEAD + 3):
+        await world.ready()
+        world.instances.on_exit(n, 0)
+    world.launch()
+    remembered = [i.instance_id for i in world.instances]
+    assert remembered == [*range(3, MAX_DEAD + 3), MAX_DEAD + 3]
+    assert world.instances.is_dead(0)
+    assert not world.instances.is_dead(MAX_DEAD + 3)

@@ -56,6 +56,8 @@ class Lifecycle:
 
     async def _restart(self, dead: Instance, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
+        if dead.replaced_by is not None:
+            return  # by an operator
         try:
             await self._instances.launch(place=dead.place, replaces=dead.instance_id)
         except LaunchError as error:

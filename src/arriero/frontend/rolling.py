@@ -119,7 +119,7 @@ class Rollout:
         live = [i for i in batch if i.state is InstanceState.READY]
         if not report.max_surge:
             await self._drain(live, report)
-        await self._launch(batch, report)
+        await self._launch([i for i in batch if i.replaced_by is None], report)  # who died meanwhile may be replaced
         if report.max_surge:
             await self._drain([i for i in live if i.state is InstanceState.READY], report)
 
