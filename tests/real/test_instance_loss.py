@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import pytest_asyncio
 
 from arriero.core.errors import ConflictError
 from arriero.frontend.requests import LiveRequest
@@ -32,11 +33,20 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 
 def _params(name: str) -> Any:
-    return sampling(**{k: v() if callable(v) else v for k, v in REQUESTS[name].items()}, max_tokens=250)
+    return sampling(**{k: v() if callable(v) else v for k, v in REQUESTS[name].items()}, max_tokens=200)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def streams(engines: Engines) -> Streams:
+    """With their references: what each says when nothing happens to it."""
+    made = Streams(engines)
+    for name in REQUESTS:
+        made.stayed[name] = await engines.run(made.prompts[name], _params(name))
+    return made
 
 
 class Streams:
-    """One of each kind, all on one instance, and what they say when nothing happens to them."""
+    """One of each kind, all on one instance."""
 
     def __init__(self, engines: Engines) -> None:
         self.engines = engines
@@ -45,9 +55,8 @@ class Streams:
         self.stayed: dict[str, Any] = {}
 
     async def start(self) -> int:
-        """Their references first; then all of them, up to some tokens. Returns the instance where they are."""
+        """All of them, up to some tokens. Returns the instance where they are."""
         engines = self.engines
-        self.stayed = {name: await engines.run(self.prompts[name], _params(name)) for name in REQUESTS}
         await engines.forget_prefixes()
         here, *others = engines.cluster.instances.ready_ids()
         for name in REQUESTS:
@@ -81,8 +90,7 @@ async def replaced(engines: Engines, instance: int) -> int:
     return new
 
 
-async def test_streams_of_a_killed_instance_go_on_whole_and_it_is_replaced(engines: Engines) -> None:
-    streams = Streams(engines)
+async def test_streams_of_a_killed_instance_go_on_whole_and_it_is_replaced(engines: Engines, streams: Streams) -> None:
     here = await streams.start()
     other = next(i for i in engines.cluster.instances.ready_ids() if i != here)
     moving = asyncio.create_task(engines.cluster.migrate_all("greedy", other))  # one is on its way
@@ -93,8 +101,9 @@ async def test_streams_of_a_killed_instance_go_on_whole_and_it_is_replaced(engin
     assert await replaced(engines, here) not in (here, other)
 
 
-async def test_a_killed_worker_takes_its_instance_with_it_and_the_streams_go_on(engines: Engines) -> None:
-    streams = Streams(engines)
+async def test_a_killed_worker_takes_its_instance_with_it_and_the_streams_go_on(
+    engines: Engines, streams: Streams
+) -> None:
     here = await streams.start()
     children = psutil.Process(engines.cluster.instances[here].pid).children(recursive=True)
     workers = [child for child in children if "Worker" in child.name()]
@@ -106,8 +115,9 @@ async def test_a_killed_worker_takes_its_instance_with_it_and_the_streams_go_on(
     await replaced(engines, here)
 
 
-async def test_an_instance_that_is_told_to_end_is_drained_and_nobody_notices(engines: Engines) -> None:
-    streams = Streams(engines)
+async def test_an_instance_that_is_told_to_end_is_drained_and_nobody_notices(
+    engines: Engines, streams: Streams
+) -> None:
     here = await streams.start()
     os.kill(engines.cluster.instances[here].pid, signal.SIGTERM)
     while not engines.cluster.instances.is_dead(here):
