@@ -30,16 +30,16 @@ from arriero.core.types import (
     Dispatchable,
     InstanceId,
     InstanceSnapshot,
-    InstanceState,
     MigrationMode,
     RequestId,
 )
-from arriero.frontend.describe import describe_instances, describe_requests, event_of
+from arriero.frontend.describe import describe_instances, describe_requests
 from arriero.frontend.drains import DrainReport, Drains
 from arriero.frontend.instances import Instance, Instances, MakeSpec, Progress
 from arriero.frontend.lifecycle import Lifecycle
 from arriero.frontend.links import InstanceLinks
 from arriero.frontend.migrations import MigrationReport, MigrationRunner
+from arriero.frontend.moves import Moves
 from arriero.frontend.replays import Replays
 from arriero.frontend.requests import LiveRequest, RequestTable
 from arriero.frontend.rolling import Rollout
@@ -97,12 +97,21 @@ class Cluster:
         self.lifecycle = Lifecycle(
             recovery, instances=self.instances, links=links, clock=clock, spawn=self._spawn, progress=progress
         )
-        self.migrations = MigrationRunner(
+        self.moves = Moves(
+            requests=self.requests,
+            instances=self.instances,
+            scheduler=self.scheduler,
+            carry_out=self._carry_out,
+            events=self.events,
+            metrics=self.metrics,
+            clock=clock,
+        )
+        self.migrations = self.moves.migrations = MigrationRunner(
             links=links,
             config=migration,
             pace=self.pace,
             clock=clock,
-            on_end=self._migration_ended,
+            on_end=self.moves.ended,
             on_replay=self._replay,
         )
         self.replays = Replays(
@@ -136,7 +145,6 @@ class Cluster:
         )
         self.shutdown = Shutdown(self.requests, self._lose, progress)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._pauses: dict[RequestId, MigrationReport] = {}
         self._failed_policies: set[str] = set()
         self._placing: dict[RequestId, asyncio.Future[None]] = {}  # who waits for an instance
 
@@ -237,7 +245,7 @@ class Cluster:
         if request is not None:
             self._carry_out(self.scheduler.ended(request_id, self.clock()))
             self.replays.ended(request_id)
-            self._pauses.pop(request_id, None)
+            self.moves.forget(request_id)
             self.events.emit(
                 "finish", request=request_id, instance=request.route, how=how, num_output_tokens=len(request.tokens)
             )
@@ -272,7 +280,7 @@ class Cluster:
             if output.new_token_ids:
                 request.tokens.extend(output.new_token_ids)
                 if request.pause_since_s is not None:
-                    self._moved_on(request, now)
+                    self.moves.went_on(request, now)
                 request.last_token_s = now
                 self.replays.produced(request.request_id, len(output.new_token_ids))
             if output.finish_reason is not None:
@@ -289,16 +297,6 @@ class Cluster:
     def _is_current(self, request_id: RequestId, instance: InstanceId) -> bool:
         request = self.requests.get(request_id)
         return request is not None and request.route == instance
-
-    def _moved_on(self, request: LiveRequest, now: float) -> None:
-        """The first token after a move: the client-visible pause is known."""
-        assert request.pause_since_s is not None
-        pause, request.pause_since_s = now - request.pause_since_s, None
-        request.paused_s += pause
-        report = self._pauses.pop(request.request_id, None)
-        if report is not None:
-            report.pause_s = pause
-            self.metrics.migration_pause_seconds.observe(pause)
 
     def _joined(self, instance: Instance) -> None:
         joined = instance.instance_id
@@ -399,7 +397,7 @@ class Cluster:
         request = self.requests.get(command.request_id)
         if request is not None and request.route == command.source:
             with contextlib.suppress(ArrieroError):  # something has happened to it meanwhile
-                self._start_migration(request, command.destination, command.mode, command.reason)
+                self.moves.start(request, command.destination, command.mode, command.reason)
 
     def _reject(self, command: Reject) -> None:
         """The request was taken, so its client hears of it as of any end."""
@@ -435,7 +433,7 @@ class Cluster:
         Raises NotFoundError, ConflictError or UnmovableError if it can't be tried; a migration that was
         tried and given up is a report with ``ok`` false: the request runs on where it was.
         """
-        return await self._start_migration(self.requests.find(request_id)[0], destination, mode, "on demand")
+        return await self.moves.start(self.requests.find(request_id)[0], destination, mode, "on demand")
 
     async def migrate_all(
         self, name: str, destination: InstanceId, mode: MigrationMode = MigrationMode.LIVE
@@ -443,36 +441,7 @@ class Cluster:
         """Move every sequence of the request called ``name`` that is not there yet."""
         found = self.requests.find(name)
         moving = [r for r in found if r.route != destination] or found
-        return await asyncio.gather(*[self._start_migration(r, destination, mode, "on demand") for r in moving])
-
-    def _start_migration(
-        self, request: LiveRequest, destination: InstanceId, mode: MigrationMode, cause: str
-    ) -> asyncio.Future[MigrationReport]:
-        target = self.instances[destination]
-        if target.state is not InstanceState.READY:
-            raise ConflictError(f"instance {destination} is {target.state}, not ready: nothing can move there")
-        if request.route == destination:
-            raise ConflictError(f"request {request.request_id} runs on instance {destination} already")
-        source = request.route
-        if source is None:
-            raise ConflictError(f"request {request.request_id} waits for an instance: there is nothing to move yet")
-        if self.instances.is_dead(source):
-            raise ConflictError(
-                f"request {request.request_id} was on instance {source}, which died: it waits for a replay"
-            )
-        future = self.migrations.start(request, destination, mode=mode, cause=cause, source=source)
-        self._carry_out(self.scheduler.migration_started(request.request_id, source, destination, self.clock()))
-        return future
-
-    def _migration_ended(self, request: LiveRequest, report: MigrationReport) -> None:
-        if report.source is not None:
-            self._carry_out(self.scheduler.migration_ended(report.request_id, self.clock(), ok=report.ok))
-        if report.ok and self.requests.get(report.request_id) is request:
-            request.num_moves += 1
-            request.pause_since_s = request.last_token_s or None
-            self._pauses[report.request_id] = report
-        self.metrics.migration_ended(report.ok, report.reason, report.num_bytes, replay=report.source is None)
-        self.events.emit("migration", **event_of(report))
+        return await asyncio.gather(*[self.moves.start(r, destination, mode, "on demand") for r in moving])
 
     def _replay(self, request: LiveRequest) -> None:
         if self.requests.get(request.request_id) is request:
