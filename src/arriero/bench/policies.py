@@ -8,10 +8,12 @@ its rates is scaled to equal utilisation: to where ``infaas`` has the prefill P9
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -242,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--append", action="store_true", help="keep the other runs that results/policies.json has")
     parser.add_argument("--find", action="store_true", help="search the rates of equal utilisation, and end")
     args = parser.parse_args(argv)
     with ProcessPoolExecutor(args.processes) as pool:
@@ -249,13 +252,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             for point in POINTS:
                 print(f"{point.name}: {find_rate(point, args.seeds, args.requests, pool):.2f}")
             return 0
-        samples = list(_told(pool.map(simulate, runs_of(args)), len(runs_of(args))))
+        runs = runs_of(args)
+        samples = list(_told(pool.map(simulate, runs), len(runs)))
+    if args.append:
+        samples = _merged(samples)
     rows, targets = rows_of(samples), targets_of(samples)
     for point in dict.fromkeys(row["point"] for row in rows):
         print_table(point, [{k: v for k, v in row.items() if k != "point"} for row in rows if row["point"] == point])
     print_table("Targets", [], targets)
     write("policies", samples, targets, rows=rows, points=[asdict(p) for points in SETS.values() for p in points])
     return 0
+
+
+def _merged(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With those of the file that were not run again, in the order of the points and policies."""
+    path = Path("results") / "policies.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["samples"] if path.exists() else []
+    by_key = {(s["point"], s["policy"], s["seed"]): s for s in [*before, *samples]}
+    points = [p.name for points in SETS.values() for p in points]
+    return sorted(by_key.values(), key=lambda s: (points.index(s["point"]), POLICIES.index(s["policy"]), s["seed"]))
 
 
 def _told(samples: Iterable[dict[str, Any]], total: int) -> Iterable[dict[str, Any]]:

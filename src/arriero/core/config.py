@@ -238,7 +238,7 @@ class QueueingConfig:
     """When a request is bound to an instance, and when it waits in the global queue."""
 
     reserve_blocks_per_running: float = 8.0  #: blocks that each running request is expected to grow into soon
-    reserve_share: float = 0.125  #: of an instance's blocks, that this comes to at most
+    reserve_share: float = 0.1  #: of an instance's blocks, that this comes to at most
     prefill_backlog_tokens: int = 8192  #: an instance with so much to prefill starts nobody soon
     earmark_share: float = 0.0625  #: of the instances, that may be kept for requests which fit nowhere; one at least
     scan_depth: int = 64  #: requests at the head of the queue that are looked at

@@ -17,6 +17,7 @@ from arriero.core.config import (
     MigrationConfig,
     RebalancingConfig,
     RecoveryConfig,
+    ScalingConfig,
     SchedulerConfig,
 )
 from arriero.core.dispatch import DISPATCH_POLICIES, make_dispatch_policy
@@ -93,6 +94,12 @@ def make_parser(kind: type[FlexibleArgumentParser] = OneLineParser) -> FlexibleA
     group.add_argument("--rebalance-low", type=float, help="freeness below which requests leave")
     group.add_argument("--rebalance-high", type=float, help="freeness above which requests may come")
     group.add_argument("--max-migrations-per-instance", type=int, help="at a time")
+    group.add_argument(
+        "--max-instances", type=int, help="start and drain instances by load, up to so many (default: --instances stay)"
+    )
+    group.add_argument(
+        "--min-instances", type=int, help="with --max-instances: at least so many (default: --instances)"
+    )
     group.add_argument(
         "--migration-share",
         type=float,
@@ -222,11 +229,23 @@ def _scheduler(args: argparse.Namespace) -> SchedulerConfig:
         config,
         dispatch_policy=args.dispatch_policy or config.dispatch_policy,
         rebalancing=rebalancing if wanted else None,
+        scaling=_scaling(args),
         no_instance_timeout_s=args.no_instance_timeout,
         admission=AdmissionConfig(max_queued_requests=args.max_queued_requests),
     )
     make_dispatch_policy(config.dispatch_policy)  # raises ConfigError now, not when everything else is set up
     return config
+
+
+def _scaling(args: argparse.Namespace) -> ScalingConfig | None:
+    if args.max_instances is None:
+        if args.min_instances is not None:
+            raise ConfigError(f"--min-instances {args.min_instances} needs --max-instances")
+        return None
+    least = args.instances if args.min_instances is None else args.min_instances
+    if not least <= args.instances <= args.max_instances:
+        raise ConfigError(f"--instances {args.instances} is not in [{least}, --max-instances {args.max_instances}]")
+    return ScalingConfig(min_instances=least, max_instances=args.max_instances)
 
 
 def _refuse_conflicts(args: argparse.Namespace) -> None:
