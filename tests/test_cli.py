@@ -126,6 +126,8 @@ def model(tmp_path: Path) -> str:
         (["--migration-share", "0"], "copy_share=0.0 is invalid: it must be in (0, 1]"),
         (["--migration-share", "1.5"], "copy_share=1.5 is invalid"),
         (["--migration-timeout", "0"], "timeout_s=0.0 is invalid"),
+        (["--max-instances", "1"], "--instances 2 is not in [2, --max-instances 1]"),
+        (["--min-instances", "1"], "--min-instances 1 needs --max-instances"),
         (["--policy", "fastest"], "policy 'fastest' is unknown: use one of arriero"),
         (["--dispatch-policy", "fastest"], "'fastest' is unknown: use one of freeness"),
         (["--dispatch-policy", "no_such_module.Policy"], "'no_such_module.Policy' cannot be loaded"),
@@ -243,6 +245,22 @@ def test_our_options_reach_the_configuration_and_those_of_vllm_the_engine(
     assert options.scheduler.admission == arguments.AdmissionConfig(max_queued_requests=9)
     assert options.http == arguments.HttpConfig(client_timeout_s=2.5)
     assert (args.max_model_len, args.port) == (1000, 1234)
+
+
+def test_a_policy_is_a_set_of_rules_of_which_flags_change_parts(arguments: Any, model: str) -> None:
+    def scheduler(*flags: str) -> Any:
+        return arguments.parse([model, *flags])[1].scheduler
+
+    default = scheduler()
+    assert default.queueing is not None
+    assert default.rebalancing is not None
+    assert default.scaling is None
+    assert scheduler("--no-rebalance").rebalancing is None
+    assert scheduler("--policy", "infaas").rebalancing is None
+    assert scheduler("--policy", "infaas", "--rebalance").rebalancing is not None
+    assert scheduler("--policy", "llumnix", "--rebalance-low", "1").rebalancing.low_freeness == 1
+    scaling = scheduler("--max-instances", "4", "--min-instances", "1").scaling
+    assert (scaling.min_instances, scaling.max_instances) == (1, 4)
 
 
 def test_a_path_in_the_home_folder_is_found(arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -158,6 +159,24 @@ def test_a_policy_that_follows_the_changes_chooses_as_one_that_looks_anew(
         chosen = policy.choose(REQUEST, seen)
         assert chosen == make_dispatch_policy(name).choose(REQUEST, seen)
         seen.sent(Dispatchable(request_id=f"n{number}", num_prompt_tokens=20, max_tokens=1), chosen)
+
+
+def test_headroom_keeps_normal_requests_away_and_is_free_for_urgent_ones() -> None:
+    """Instance 0 runs an urgent request, so that it counts as nearly full; in truth it is the emptier one."""
+    seen = ClusterView(LoadConfig(load_targets=((-1, 0.2),)), random.Random(0))
+    for instance, priority, used in ((0, -1, 5), (1, 0, 30)):
+        seen.set_state(instance, InstanceState.READY)
+        one = RequestSnapshot(request_id=f"{instance}", phase=Phase.RUNNING, num_blocks=used, priority=priority)
+        seen.see(
+            InstanceSnapshot.of(
+                [one], instance=instance, time_s=0.0, num_blocks=100, num_free_blocks=100 - used, block_size=16,
+                max_num_seqs=8,
+            )
+        )  # fmt: skip
+    assert [seen.freeness(i) for i in (0, 1)] == [15, 70]
+    assert [seen.freeness(i, with_headroom=False) for i in (0, 1)] == [95, 70]
+    assert MaxFreeness().choose(REQUEST, seen) == 1
+    assert MaxFreeness().choose(replace(REQUEST, priority=-1), seen) == 0
 
 
 def test_freeness_breaks_a_tie_by_fewer_requests_and_then_by_the_lower_number() -> None:

@@ -69,8 +69,10 @@ def facts(name: str, num_prompt_tokens: int = 15, unmovable: str | None = None) 
     return Dispatchable(request_id=name, num_prompt_tokens=num_prompt_tokens, max_tokens=1, unmovable=unmovable)
 
 
-def view_of(*snapshots: InstanceSnapshot, draining: InstanceId | None = None) -> ClusterView:
-    view = ClusterView(LoadConfig(), random.Random(0))
+def view_of(
+    *snapshots: InstanceSnapshot, draining: InstanceId | None = None, load: LoadConfig | None = None
+) -> ClusterView:
+    view = ClusterView(load or LoadConfig(), random.Random(0))
     for snapshot in snapshots:
         state = InstanceState.DRAINING if snapshot.instance == draining else InstanceState.READY
         view.set_state(snapshot.instance, state)
@@ -290,6 +292,21 @@ def test_the_most_urgent_need_gets_the_roomiest_destination() -> None:
     found = moves(CONFIG, short, line, instance(2), instance(3, num_blocks=90))
     assert [(m.source, m.destination) for m in found] == [(0, 2), (1, 3)]
     assert len(moves(replace(CONFIG, max_moves_per_round=1), short, line, instance(2), instance(3))) == 1
+
+
+def test_others_leave_where_urgent_requests_are_crowded_and_nothing_comes_there() -> None:
+    """A quarter of 100 blocks is the load that urgent requests want: 40 are in use, of them 30 by others."""
+    urgent, normal = request("urgent", blocks=10, priority=-1), request("normal", blocks=30)
+    view = view_of(instance(0, urgent, normal), instance(1), load=LoadConfig(load_targets=((-1, 0.25),)))
+    (move,) = Rebalancer(CONFIG).round(view, {}, 0.0)
+    assert (move.request_id, move.source, move.destination) == ("normal", 0, 1)
+    assert move.reason == "15 blocks crowd the urgent requests at 0; 30 blocks move"
+    alone = view_of(instance(0, urgent, request("u", blocks=40, priority=-2)), instance(1), load=view.config)
+    assert Rebalancer(CONFIG).round(alone, {}, 0.0) == [], "they do not crowd each other"
+    few = view_of(instance(0, urgent, request("n", blocks=5)), instance(1), load=view.config)
+    assert Rebalancer(CONFIG).round(few, {}, 0.0) == []
+    full = instance(1, request("a", blocks=50), request("b", blocks=50))
+    assert Rebalancer(CONFIG).round(view_of(instance(0, urgent), full, load=view.config), {}, 0.0) == []
 
 
 @pytest.mark.parametrize("config", [CONFIG, PAPER])

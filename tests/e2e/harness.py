@@ -7,7 +7,14 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from arriero.core.config import DrainConfig, MigrationConfig, RebalancingConfig, RecoveryConfig
+from arriero.core.config import (
+    DrainConfig,
+    MigrationConfig,
+    QueueingConfig,
+    RebalancingConfig,
+    RecoveryConfig,
+    ScalingConfig,
+)
 from arriero.core.dispatch import ClusterView, MaxFreeness
 from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, MigrationMode
 from arriero.observe.events import EventLog
@@ -115,6 +122,8 @@ async def fleet_of(
     engine_of: dict[InstanceId, dict[str, Any]] | None = None,
     migration: MigrationConfig = MIGRATION,
     rebalancing: RebalancingConfig | None = None,
+    queueing: QueueingConfig | None = None,
+    scaling: ScalingConfig | None = None,
     recovery: RecoveryConfig = RECOVERY,
     drain: DrainConfig = DRAIN,
     events: EventLog | None = None,
@@ -127,6 +136,8 @@ async def fleet_of(
             engine=engine or {},
             migration=migration,
             rebalancing=rebalancing,
+            queueing=queueing,
+            scaling=scaling,
             recovery=recovery,
             drain=drain,
             events=events,

@@ -27,8 +27,10 @@ from arriero.core.config import (
     CopyConfig,
     DrainConfig,
     MigrationConfig,
+    QueueingConfig,
     RebalancingConfig,
     RecoveryConfig,
+    ScalingConfig,
     SchedulerConfig,
 )
 from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, InstanceState, MigrationMode, RequestId
@@ -143,6 +145,8 @@ class Fleet:
         engine: dict[str, Any] | None = None,
         migration: MigrationConfig = MIGRATION,
         rebalancing: RebalancingConfig | None = None,
+        queueing: QueueingConfig | None = None,
+        scaling: ScalingConfig | None = None,
         recovery: RecoveryConfig = RECOVERY,
         drain: DrainConfig = DRAIN,
         events: EventLog | None = None,
@@ -171,6 +175,8 @@ class Fleet:
             scheduler=SchedulerConfig(
                 dispatch_policy=policy,
                 rebalancing=rebalancing,
+                queueing=queueing,
+                scaling=scaling,
                 no_instance_timeout_s=recovery.no_instance_timeout_s,
                 tick_s=0.05,
                 drain=drain,
