@@ -320,6 +320,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--before-tokens", type=int, default=40, help="decoded before the move (default: %(default)s)")
     parser.add_argument("--after-tokens", type=int, default=40, help="decoded after it (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--result", default="migration", help="results/RESULT.json is written (default: %(default)s)")
     add_server_options(parser, port=8110, kv_bytes=1 << 30)
     return parser
 
@@ -337,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         samples = asyncio.run(_run(server.url, plan))
     summary = summarise(samples)
     targets = targets_of(summary)
-    report.write("migration", samples, targets, summary=summary, plan=asdict(plan), command=server.command)
+    report.write(args.result, samples, targets, summary=summary, plan=asdict(plan), command=server.command)
     for load in plan.loads:
         shown = {**SHOWN, **SHOWN_ALSO[load]}
         rows = [{name: _rounded(row[key]) for key, name in shown.items()} for row in summary if row["load"] == load]
