@@ -184,7 +184,7 @@ def test_sigterm_lets_requests_finish_for_a_while_then_cuts_them_and_says_so(ser
     server.until(lambda: "may finish within" in server.log.read_text())
     late = Client(server, 10, 3).start()
     late.thread.join(WAIT_S)
-    assert late.status is None or (late.error or {}).get("code") == 503, "it takes no more requests"
+    assert late.status in (None, 503), "it takes no more requests"
     short.assert_whole()
     endless.thread.join(WAIT_S)
     assert 3 < len(endless.tokens()) < 2000
