@@ -106,17 +106,18 @@ class ClusterClient(AsyncMPClient):
 
     # ------------------------------------------------------------------ end
 
-    def shutdown(self, timeout: float | None = None) -> None:
-        """End all instances; called from any thread, more than once.
-
-        ``timeout``: vLLM's --shutdown-timeout, seconds for which requests may run on; 0 or None: they are cut at once.
+    def finish(self, timeout: float | None) -> None:
+        """Let requests run on for ``timeout`` seconds (vLLM's --shutdown-timeout), then cut them. Blocks; called from
+        any thread but the event loop's, where there is nothing to wait for.
         """
-        if self.resources.engine_dead:
-            return
-        if self._loop.is_running() and threading.get_ident() != self._loop_thread:
+        if self._loop.is_running() and threading.get_ident() != self._loop_thread and not self.resources.engine_dead:
             asyncio.run_coroutine_threadsafe(self.cluster.shutdown.run(timeout or 0.0), self._loop).result()
-        self.resources.engine_dead = True
-        self.cluster.close(SHUTDOWN_GRACE_S)
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """End all instances; called from any thread, more than once."""
+        if not self.resources.engine_dead:
+            self.resources.engine_dead = True
+            self.cluster.close(SHUTDOWN_GRACE_S)
 
 
 def facts_of(request: EngineCoreRequest) -> Dispatchable:

@@ -299,6 +299,17 @@ def _event_log(options: ServeOptions) -> EventLog:
     )
 
 
+class ClusterLLM(AsyncLLM):
+    """vLLM's front end engine; what it ends with is ours."""
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Requests end first: vLLM would take the tokenizer away from those that still come, before anything else."""
+        client = getattr(self, "engine_core", None)
+        if client is not None:
+            client.finish(timeout)
+        super().shutdown(timeout)
+
+
 def make_async_llm(vllm_config: Any, cluster: Cluster, args: argparse.Namespace) -> AsyncLLM:
     """vLLM's front end engine over the cluster. Replacing one static method is the only patch."""
     original = EngineCoreClient.make_async_mp_client
@@ -306,7 +317,7 @@ def make_async_llm(vllm_config: Any, cluster: Cluster, args: argparse.Namespace)
         lambda *, vllm_config, **_: ClusterClient(vllm_config, cluster)
     )
     try:
-        llm = AsyncLLM.from_vllm_config(
+        llm = ClusterLLM.from_vllm_config(
             vllm_config=vllm_config,
             usage_context=UsageContext.OPENAI_API_SERVER,
             enable_log_requests=args.enable_log_requests,
