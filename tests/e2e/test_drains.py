@@ -150,7 +150,7 @@ async def test_a_destination_that_dies_in_a_drain_is_replaced_and_the_drain_goes
 async def test_what_finds_no_room_moves_without_its_cache_and_waits_there() -> None:
     """Two full instances: the drain does not wait for the end of anybody."""
     drain = DrainConfig(patience_s=0.0)
-    engine = {"time_scale": 0.05, "num_blocks": 40, "max_model_len": 320}
+    engine = {"time_scale": 1.0, "num_blocks": 40, "max_model_len": 320}
     async with fleet_of(2, engine=engine, recovery=RECOVERY, drain=drain) as fleet:
         streams = [fleet.submit(200, 100, at=i, seed=i) for i in range(2)]
         await fleet.at_least(3, *streams)
