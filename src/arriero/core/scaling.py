@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from arriero.core.commands import Command, Drain, Launch
+from arriero.core.commands import Drain, Launch
 from arriero.core.config import ScalingConfig
 from arriero.core.load import freeness
 from arriero.core.types import InstanceId
@@ -39,7 +39,7 @@ class Scaler:
         self._low_since_s = self._high_since_s = math.inf
         self._acted_s = -math.inf
 
-    def round(self, view: ClusterView, queued: tuple[int, int], num_starting: int, now: float) -> list[Command]:
+    def round(self, view: ClusterView, queued: tuple[int, int], num_starting: int, now: float) -> list[Launch | Drain]:
         """What to start or to drain now. ``queued``: requests in the global queue, and the blocks that they need."""
         config, num = self._config, len(view.candidates) + num_starting
         if num < config.min_instances:
@@ -61,11 +61,11 @@ class Scaler:
             return self._drain(view, capacity, now)
         return []
 
-    def _launch(self, num_instances: int, reason: str, now: float) -> list[Command]:
+    def _launch(self, num_instances: int, reason: str, now: float) -> list[Launch | Drain]:
         self._acted_s, self._low_since_s = now, math.inf
         return [Launch(num_instances=num_instances, reason=reason)]
 
-    def _drain(self, view: ClusterView, capacity: Capacity, now: float) -> list[Command]:
+    def _drain(self, view: ClusterView, capacity: Capacity, now: float) -> list[Launch | Drain]:
         self._acted_s, self._high_since_s = now, math.inf
         fewest = min(view.candidates, key=lambda i: (_num_running(view, i), -i))
         reason = f"average freeness {capacity.freeness(-1):.1f} without it"

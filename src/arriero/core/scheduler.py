@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from arriero.core.admission import Admission, Occupancy
 from arriero.core.binding import LateBinding
-from arriero.core.commands import Command, Dispatch, Drain, Launch, PolicyFailed, Reject, RejectKind, Stop
+from arriero.core.commands import Command, Dispatch, Launch, PolicyFailed, Reject, RejectKind, Stop
 from arriero.core.config import SchedulerConfig
 from arriero.core.dispatch import MaxFreeness, make_dispatch_policy
 from arriero.core.draining import Evacuation, why_not
@@ -220,11 +220,12 @@ class GlobalScheduler:
         num_queued, num_tokens = self._queue.demand()
         sizes = [s.block_size for s in self.view.snapshots.values()]
         queued = (num_queued, -(-num_tokens // sizes[0]) if sizes else 0)
-        commands = scaler.round(self.view, queued, self._num_starting, now)
-        for command in list(commands):
+        commands: list[Command] = []
+        for command in scaler.round(self.view, queued, self._num_starting, now):
+            commands.append(command)
             if isinstance(command, Launch):
                 self._num_starting += command.num_instances
-            elif isinstance(command, Drain):
+            else:
                 commands += self.instance_draining(command.instance, now)
         return commands
 
