@@ -345,6 +345,15 @@ def test_the_summary_of_a_busy_run_is_complete() -> None:
     json.dumps(summary)
 
 
+def test_who_knows_when_each_request_ends_preempts_hardly_anybody() -> None:
+    found = {}
+    for policy in ("infaas", "arriero", "clairvoyant"):
+        config = SimulatorConfig(engine=engine(**TIGHT), num_instances=4, scheduler=scheduler_config(policy))
+        found[policy] = summarize(simulate(busy(1), config)[0])["num_preemptions"]
+    assert found["clairvoyant"] < found["arriero"] < found["infaas"]
+    assert found["clairvoyant"] <= 2
+
+
 class Broken:
     """A user's policy with a mistake."""
 

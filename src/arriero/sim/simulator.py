@@ -32,8 +32,16 @@ BLIND = frozenset({"round_robin", "least_outstanding", "power_of_two", "cache_aw
 """Dispatch policies that look at no snapshot: none is made for them, unless requests are rebalanced."""
 
 
+CLAIRVOYANT = "clairvoyant"
+"""A policy of the simulator alone: `arriero` that knows when each request will end. It shows what is left to gain."""
+
+
 def scheduler_config(policy: str, seed: int = 0) -> SchedulerConfig:
     """What ``--policy`` means. Raises ConfigError."""
+    if policy == CLAIRVOYANT:
+        config = policy_config("arriero")
+        assert config.queueing is not None
+        return replace(config, queueing=replace(config.queueing, trusts_max_tokens=True), seed=seed)
     return replace(policy_config(policy), seed=seed)
 
 
@@ -217,6 +225,9 @@ class Simulator:
                 instance.watch()
 
     def _max_tokens(self, arrival: Arrival) -> int:
+        queueing = self.config.scheduler.queueing
+        if queueing is not None and queueing.trusts_max_tokens:
+            return arrival.output_tokens  # what nobody but a clairvoyant knows
         longest = self.config.engine.max_model_len - arrival.prompt_tokens
         return min(arrival.max_tokens, longest) if arrival.max_tokens else longest
 
