@@ -272,7 +272,7 @@ def _cut(arrival: Arrival) -> list[tuple[int, int]]:
     return [(i, i) for i in ids]
 
 
-@pytest.mark.parametrize("policy", ["round_robin", "arriero"])
+@pytest.mark.parametrize("policy", ["round_robin", "llumnix"])
 def test_bulk_and_single_steps_give_the_same_bytes_with_a_prefix_cache(tmp_path: Path, policy: str) -> None:
     logs = []
     for max_steps in (128, 1):

@@ -86,16 +86,17 @@ class SimulatorConfig:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Memory at one moment, in blocks.
+    """Memory at one moment, in blocks, of the instances that were there.
 
     ``fragmented``: what the heads of queues wait for and would get if the free memory of all instances were one,
     served from the smallest demand up (Llumnix, OSDI'24, section 6.3): free memory that is in the wrong place.
     """
 
     time_s: float
-    used: tuple[int, ...]  #: by instance
+    instances: tuple[InstanceId, ...]
+    used: tuple[int, ...]  #: of each of them
     fragmented: int
-    num_waiting: int
+    num_waiting: int  #: in the instances, and in the scheduler's queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,8 +399,9 @@ class Simulator:
             if fragmented + demand > free:
                 break
             fragmented += demand
-        num_waiting = sum(len(instance.engine.waiting) for instance in present)
-        self.samples.append(Sample(self.kernel.now, used, fragmented, num_waiting))
+        num_waiting = self.scheduler.num_queued + sum(len(instance.engine.waiting) for instance in present)
+        numbers = tuple(instance.instance for instance in present)
+        self.samples.append(Sample(self.kernel.now, numbers, used, fragmented, num_waiting))
 
     def _emit(self, event: str, **fields: Any) -> None:
         if self._events is not None:
