@@ -95,6 +95,10 @@ bench-policies: setup ## Simulate all policies at the points of Llumnix (ARGS=..
 bench-scheduler: setup ## Measure how long the scheduler takes to decide (ARGS=...)
 	$(BIN)/python -m arriero.bench.scheduler $(ARGS)
 
+.PHONY: chaos
+chaos: setup model peers ## Hurt it at every point of the protocol, and beside others: a quarter of an hour (ARGS=...)
+	$(BIN)/python -m arriero.chaos.record $(ARGS)
+
 soak: setup ## Serve for long, with random migrations and deaths (ARGS=...)
 	$(BIN)/python -m arriero.bench.soak $(ARGS)
 

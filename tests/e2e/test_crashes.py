@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from arriero.core.errors import ConflictError, LaunchError
 from arriero.core.messages import Drop, Op
 from arriero.core.types import InstanceId, InstanceState, MigrationMode
 
-from .harness import LIVE, RECOMPUTE, STOP, Fleet, Operation, Pass, fleet_of
+from .harness import LIVE, RECOMPUTE, STOP, Fleet, Operation, Pass, fleet_of, is_running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -119,6 +120,24 @@ async def test_more_streams_than_one_may_take_in_at_a_time_all_go_on(fleet: Flee
     fleet.expect_deaths()
     replayed = [e["request_id"] for e in fleet.events("migration") if e["ok"] and e["source"] is None]
     assert len(replayed) == len(set(replayed))
+
+
+async def test_two_that_die_at_once_take_no_replay_from_each_other(fleet: Fleet) -> None:
+    """The front end learns of both deaths in one turn of its loop: between them, the second still looks alive."""
+    first, second, survivor = fleet.ready
+    streams = [fleet.submit(40, 200, at=at, seed=i) for i, at in enumerate((first, second) * 2)]
+    await fleet.at_least(3, *streams)
+    for stream, to in zip(streams, (second, first) * 2, strict=True):
+        assert (await fleet.move(stream, to)).ok  # each wants to be where the other is, once that dies
+    pids = [fleet.cluster.instances[i].pid for i in (first, second)]
+    fleet.kill(first, second)
+    while any(is_running(pid) for pid in pids):
+        time.sleep(0.001)  # noqa: ASYNC251  # the loop is to see both at once
+    await fleet.dead(first, second)
+    await fleet.ledger_agrees()
+    assert {s.where for s in streams} == {survivor}
+    await fleet.ended()
+    fleet.expect_deaths()
 
 
 async def test_a_crash_of_whom_the_streams_fled_to(fleet: Fleet) -> None:

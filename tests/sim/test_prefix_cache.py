@@ -68,12 +68,10 @@ class Pool:
         return blocks
 
     def release(self, blocks: list[int]) -> None:
-        nameless, cached = [], []
         for block in reversed(blocks):
             self.references[block] -= 1
             if not self.references[block]:
-                (cached if block in self.hash_of else nameless).append(block)
-        self.free = [*nameless, *self.free, *cached]
+                self.free.append(block)
 
 
 class Counted:
@@ -97,8 +95,7 @@ class Counted:
         return hit, share
 
     def release(self, share: Share, num_blocks: int) -> None:
-        num_full = sum(length for _, length in share.segments)
-        self.num_free += self.cache.let_go(share, num_blocks, num_full)
+        self.num_free += self.cache.let_go(share, num_blocks)
 
 
 LENGTHS = (3, 2, 4)
@@ -154,9 +151,9 @@ def test_what_two_compute_at_a_time_is_known_once_and_nothing_is_lost() -> None:
     for share in shares:
         cache.computed(share, 8)
     assert [share.held for share in shares] == [[4, 4], [0, 0]]
-    assert cache.let_go(shares[1], 8, 8) == 8
+    assert cache.let_go(shares[1], 8) == 8
     cache.check_integrity(12)
-    assert cache.let_go(shares[0], 8, 8) == 8
+    assert cache.let_go(shares[0], 8) == 8
     cache.check_integrity(20)
     assert cache.find(((1, 4), (2, 4)), 99) == ([4, 4], 8)
 
@@ -272,7 +269,7 @@ def _cut(arrival: Arrival) -> list[tuple[int, int]]:
     return [(i, i) for i in ids]
 
 
-@pytest.mark.parametrize("policy", ["round_robin", "llumnix"])
+@pytest.mark.parametrize("policy", ["round_robin", "arriero"])
 def test_bulk_and_single_steps_give_the_same_bytes_with_a_prefix_cache(tmp_path: Path, policy: str) -> None:
     logs = []
     for max_steps in (128, 1):

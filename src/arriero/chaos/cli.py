@@ -187,7 +187,9 @@ async def carry_out(system: System, script: Script, options: Options, rng: rando
         else plain_cases(options.num_cases, options.seed, model)
     )
     cases = [replace(case, body={**case.body, "model": model}) for case in cases]
-    load = Load(system.client, cases, concurrency=options.concurrency, patience_s=options.patience_s)
+    load = Load(
+        system.client, cases, concurrency=options.concurrency, patience_s=options.patience_s, salt=options.mixed
+    )
     return await Run(system.client, load, system.backends, rng, say).carry_out(script, system.name)
 
 

@@ -71,7 +71,10 @@ def mixed_cases(count: int, seed: int) -> list[Case]:
 class Load:
     """Sends cases over and over, and judges what comes back."""
 
-    def __init__(self, client: Client, cases: Sequence[Case], *, concurrency: int, patience_s: float) -> None:
+    def __init__(
+        self, client: Client, cases: Sequence[Case], *, concurrency: int, patience_s: float, salt: bool = False
+    ) -> None:
+        self._salt = salt  # every second request may not use what its like have left in prefix caches
         self._client = client
         self._cases = cases
         self._concurrency = concurrency
@@ -81,6 +84,7 @@ class Load:
         self.outcomes: list[Outcome] = []
         self.references: list[Reply] = []
         self.num_unsteady = 0
+        self._serial = itertools.count()
 
     @property
     def num_tokens(self) -> int:
@@ -127,7 +131,7 @@ class Load:
 
     async def run(self, seconds: float) -> None:
         """For so long, and until the last streams have ended."""
-        deadline = perf_counter() + seconds
+        deadline, self._ended_tokens = perf_counter() + seconds, 0
         numbers = itertools.islice(itertools.cycle(range(len(self._cases))), MAX_REQUESTS)
 
         async def work() -> None:
@@ -140,7 +144,7 @@ class Load:
 
     async def _one(self, number: int) -> Outcome:
         case = self._cases[number]
-        reply = await self._send(case)
+        reply = await self._send(case, salted=self._salt and next(self._serial) % 2 == 1)
         verdict, detail = judge(reply, self.references[number], hung=reply.ended_s is None)
         outcome = Outcome(
             case=number,
@@ -155,9 +159,10 @@ class Load:
         self.outcomes.append(outcome)
         return outcome
 
-    async def _send(self, case: Case) -> Reply:
+    async def _send(self, case: Case, *, salted: bool = False) -> Reply:
         """The reply; ``ended_s`` is None if it hung until patience ended."""
-        call = self._client.start(case.path, case.body)
+        body = {**case.body, "cache_salt": f"chaos{perf_counter()}"} if salted else case.body
+        call = self._client.start(case.path, body)
         self._replies.add(call.reply)
         try:
             async with asyncio.timeout(self._patience_s):

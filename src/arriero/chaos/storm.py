@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from arriero.chaos.points import ANSWERED, SENT, Fault, Strike
-from arriero.core.config import MigrationConfig
+from arriero.core.config import MigrationConfig, RecoveryConfig
 from arriero.core.errors import ArrieroError
 from arriero.core.messages import Drop, Op
 from arriero.core.types import InstanceId, MigrationMode
@@ -35,6 +35,11 @@ LOOK_S = 0.01
 
 MIGRATION = MigrationConfig(stage_timeout_s=0.5, lease_s=1.5, retry_s=0.1)
 """Short, so that what is lost or late is soon given up: half of the delays are longer."""
+
+RECOVERY = RecoveryConfig(
+    backoff_s=0.05, max_backoff_s=0.05, max_deaths=1_000_000, max_replays=1000, retry_s=0.05, no_instance_timeout_s=30.0
+)
+"""Nobody is fenced or given up for deaths that we caused."""
 
 DELAYS_S = (0.02, 0.2, 0.8)
 ENGINE = {"time_scale": 0.2}
@@ -102,7 +107,6 @@ class Storm:
         self._cut_until: dict[InstanceId, float] = {}
         self._background: set[asyncio.Task[Any]] = set()
         self._killed: set[InstanceId] = set()  #: and perhaps not known to be dead yet
-        self._launching = asyncio.Lock()
         self.outcome = Outcome()
 
     async def run(self, strikes: Sequence[Strike]) -> Outcome:
@@ -133,22 +137,28 @@ class Storm:
                 await self._settle()
             await fleet.ended()
         except TimeoutError as error:
-            self.outcome.violations.append(str(error))
+            self._violated(str(error))
         await self._judge()
 
     async def _judge(self) -> None:
         fleet, outcome = self._fleet, self.outcome
-        await self._restore()
         outcome.num_streams += len(fleet.streams)
         outcome.num_tokens += sum(len(s.tokens) for s in fleet.streams.values())
-        outcome.violations += [fault for s in fleet.streams.values() if (fault := s.fault()) is not None]
-        outcome.violations += [f"nobody's output: {wrong}" for wrong in fleet.wrong]
-        outcome.violations += [f"logged: {message}" for message in fleet.errors()]
+        found = [fault for s in fleet.streams.values() if (fault := s.fault()) is not None]
+        found += [f"nobody's output: {wrong}" for wrong in fleet.wrong]
+        found += [f"logged: {message}" for message in fleet.errors()]
         try:
-            outcome.violations += [f"leaked: {held}" for held in await fleet.still_held()]
-        except ArrieroError as error:
-            outcome.violations.append(f"the books are wrong: {error}")
+            await self._restore()
+            found += [f"leaked: {held}" for held in await fleet.still_held()]
+        except (ArrieroError, TimeoutError) as error:
+            found.append(f"the books are wrong, or nobody is there to show them: {error}")
+        self._violated(*found)
         fleet.forget()
+
+    def _violated(self, *violations: str) -> None:
+        self.outcome.violations += violations
+        for violation in violations:
+            self._say(f"  {violation}")
 
     # ------------------------------------------------------------------ load
 
@@ -286,13 +296,16 @@ class Storm:
                 self._killed.update(victims)
                 self.outcome.num_deaths += len(victims)
                 fleet.kill(*victims)
-                self._spawn(self._restore())
+            case "drain":
+                for victim in victims:
+                    self._spawn(self._drain(victim))
+                go()
             case "stop":
                 fleet.signal(signal.SIGSTOP, *victims)
                 self._later(rng.choice(DELAYS_S), partial(fleet.signal, signal.SIGCONT, *victims))
                 go()
             case "hang":
-                fleet.abort(aim.stream)
+                asyncio.get_running_loop().call_soon(fleet.abort, aim.stream)  # not inside the move's own turn
                 go()
             case "drop":
                 pass
@@ -348,12 +361,17 @@ class Storm:
         await self._fleet.until(all_go_on)
 
     async def _restore(self) -> None:
-        """All instances are there again."""
+        """All instances are there again: the dead are replaced by the cluster."""
         fleet = self._fleet
-        async with self._launching:
-            await fleet.dead(*self._killed)
-            self._killed.clear()
-            await fleet.launch(NUM_INSTANCES - len(fleet.ready))
+        await fleet.dead(*self._killed)
+        self._killed.clear()
+        await fleet.until(lambda: len(fleet.ready) >= NUM_INSTANCES)
+
+    async def _drain(self, instance: InstanceId) -> None:
+        """Drain it and put another in its place."""
+        with contextlib.suppress(ArrieroError):  # it dies, or is being drained
+            await self._fleet.cluster.drains.start(instance, cause="chaos")
+            await self._fleet.launch()
 
 
 def is_within_reach(strike: Strike, operation: Operation) -> bool:
@@ -376,7 +394,7 @@ def corrupt(operation: Operation, rng: random.Random) -> None:
 async def stormy_fleet() -> AsyncIterator[Fleet]:
     """Instances to strike; ended at exit."""
     with socket_folder() as folder:
-        fleet = Fleet(folder, policy="freeness", engine=ENGINE, migration=MIGRATION)
+        fleet = Fleet(folder, policy="freeness", engine=ENGINE, migration=MIGRATION, recovery=RECOVERY)
         try:
             await fleet.cluster.start(NUM_INSTANCES)
             yield fleet

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from arriero.core.config import RecoveryConfig
-from arriero.core.errors import ArrieroError
+from arriero.core.errors import ArrieroError, ConflictError
 from arriero.core.suspects import Suspects, may_have_run
 from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, MigrationMode, RequestId
 from arriero.frontend.instances import Instances
@@ -116,6 +116,10 @@ class Replays:
     async def _place(self, request: LiveRequest, destination: InstanceId) -> None:
         """See the request through to running again."""
         with contextlib.suppress(ArrieroError):
+            if self._instances.is_dead(
+                destination
+            ):  # since it was chosen: nobody will tell a migration that begins now
+                raise ConflictError(f"instance {destination} died before the replay of {request.request_id} began")
             report = await self._migrations.start(
                 request, destination, mode=MigrationMode.RECOMPUTE, cause="instance lost", source=None
             )

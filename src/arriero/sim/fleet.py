@@ -85,9 +85,10 @@ class Stream:
         return self.request.request_id
 
     @property
-    def where(self) -> InstanceId:
-        """The instance that the tokens come from."""
-        return int(self.live.route)
+    def where(self) -> InstanceId | None:
+        """The instance that the tokens come from; None: it waits for one."""
+        route: InstanceId | None = self.live.route
+        return route
 
     @property
     def is_running(self) -> bool:
@@ -292,7 +293,7 @@ class Fleet:
 
     def state(self) -> str:
         """For a person who looks at a failure."""
-        running = [f"{s.id} at {s.where}: {len(s.tokens)}" for s in self.streams.values() if not s.finish]
+        running = [f"{s.id} at {s.where}: {len(s.tokens)}" for s in self.streams.values() if s.is_running]
         return f"{running=}, {self.cluster.migrations.open_migrations()=}, {self.cluster.describe_instances()=}"
 
     # ------------------------------------------------------------------ instances

@@ -1,0 +1,292 @@
+"""The chaos figures for the record: `make chaos` -> results/chaos.json.
+
+    storm        faults at every named point of the protocol, on simulated instances in processes of their own
+    scoreboard   the same faults for arriero on simulated engines, and for vllm-router before two test servers
+    real         SIGKILLs at random moments on two real engines in float32, under every kind of request
+
+Parts (`--parts`) can be run one by one; each replaces its own figures in the file and leaves the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from arriero.bench import report
+from arriero.bench.client import Client, percentile, poll
+from arriero.bench.report import Target
+from arriero.bench.server import Server, add_server_options, arriero_command, common_flags, log_file, model_of, say
+from arriero.bench.soak import IDLE_TIMEOUT_S, leaks_in, percent
+from arriero.bench.systems import ROUTER_BIN
+from arriero.chaos.cli import Options, carry_out, first_details, free_ports, routed, running
+from arriero.chaos.points import Fault, plan
+from arriero.chaos.run import Result
+from arriero.chaos.scoreboard import Verdict, upright
+from arriero.chaos.script import Script, random_script
+from arriero.chaos.slow_pipe import SlowPipe
+from arriero.chaos.storm import Outcome, Storm, stormy_fleet
+from arriero.core.errors import ArrieroError, ConfigError
+
+MIN_STRIKES = 500
+MIN_KILLS = 10
+RESULT = Path("results") / "chaos.json"
+Part = dict[str, Any]
+
+
+# ---------------------------------------------------------------------- the storm
+
+
+def storm(args: argparse.Namespace) -> Part:
+    """Strike the protocol at every point."""
+    rng = random.Random(args.seed)
+    strikes = list(plan(args.strikes, rng))
+
+    async def run() -> Outcome:
+        async with stormy_fleet() as fleet:
+            return await Storm(fleet, rng, say).run(strikes)
+
+    outcome = asyncio.run(run())
+    return {
+        "summary": storm_rows(outcome),
+        "targets": storm_targets(outcome),
+        "violations": outcome.violations[:100],
+        "deaths": outcome.num_deaths,
+        "streams": outcome.num_streams,
+        "tokens": outcome.num_tokens,
+        "moves": outcome.moves,
+        "seconds": round(outcome.seconds, 1),
+        "samples": [record.as_dict() for record in outcome.records],
+    }
+
+
+def storm_rows(outcome: Outcome) -> list[dict[str, Any]]:
+    """A row for each fault."""
+    rows = []
+    for fault in Fault:
+        here = [r for r in outcome.records if r.strike.fault is fault]
+        felt = [s for r in here for s in r.recovery_s]
+        rows.append(
+            {
+                "fault": fault.value,
+                "strikes": sum(r.reached for r in here),
+                "points": len({(r.strike.op, r.strike.side) for r in here if r.reached}),
+                "streams struck": sum(r.num_affected for r in here),
+                "next token after, P50 s": percentile(felt, 50.0),
+                "P99 s": percentile(felt, 99.0),
+            }
+        )
+    return [row for row in rows if row["strikes"]]
+
+
+def storm_targets(outcome: Outcome) -> list[Target]:
+    """What the issue asks."""
+    reached = sum(r.reached for r in outcome.records)
+    return [
+        Target.at_least("storm: faults at points of the protocol", reached, MIN_STRIKES),
+        Target.at_most("storm: faults whose point no move came to", len(outcome.records) - reached, 0),
+        Target.at_most("storm: tokens or streams lost, doubled or wrong; anything leaked", len(outcome.violations), 0),
+    ]
+
+
+# ---------------------------------------------------------------------- the scoreboard
+
+
+def scoreboard(args: argparse.Namespace) -> Part:
+    """The same faults for each system."""
+    script = random_script(args.faults, duration_s=args.duration, rng=random.Random(args.seed))
+    options = Options(seed=args.seed, concurrency=args.concurrency)
+    results = [
+        arriero_on_sim(args, script, options),
+        *[router(policy, args, script, options) for policy in args.policies],
+    ]
+    ours = Counter(o.verdict for o in results[0].outcomes)
+    whole = percent(ours[Verdict.WHOLE], len(results[0].outcomes))
+    return {
+        "summary": upright([r.row() for r in results]),
+        "targets": [Target.at_least("scoreboard: arriero's streams that came whole and equal, %", whole, 100.0)],
+        "details": {r.system: first_details(r) for r in results},
+        "samples": [r.as_dict() for r in results],
+    }
+
+
+def arriero_on_sim(args: argparse.Namespace, script: Script, options: Options) -> Result:
+    """`arriero serve --engine sim`, which writes its event log into a pipe of ours."""
+    with tempfile.TemporaryDirectory(prefix="arriero-chaos-") as folder:
+        disk, (port,) = SlowPipe(Path(folder) / "events"), free_ports(1)
+        flags = ["--engine", "sim", "--event-log", str(disk.path), *common_flags(args)]
+        command = arriero_command(model_of(args), port=port, instances=args.instances, flags=flags)
+
+        async def run(url: str) -> Result:
+            rng = random.Random(args.seed)
+            async with running(url, None, rng, disk=disk) as system:
+                return await carry_out(system, script, options, rng)
+
+        try:
+            with Server(command, port=port, log=log_file("chaos-sim"), timeout_s=args.start_timeout) as server:
+                return asyncio.run(run(server.url))
+        finally:
+            disk.close()
+
+
+def router(policy: str, args: argparse.Namespace, script: Script, options: Options) -> Result:
+    """vllm-router before test servers; it looks at its workers' health every second, as often as it can."""
+    if not ROUTER_BIN.exists():
+        raise ConfigError(f"there is no {ROUTER_BIN}: run `make peers` first, it installs vllm-router")
+    command = (
+        f"{ROUTER_BIN} --worker-urls {{urls}} --host 127.0.0.1 --port {{port}} --prometheus-port {{metrics_port}} "
+        f"--policy {policy} --worker-startup-check-interval 1 --health-check-interval-secs 1"
+    )
+
+    async def run() -> Result:
+        async with routed(command, log_file("chaos").parent) as system:
+            return await carry_out(system, script, options, random.Random(args.seed))
+
+    result = asyncio.run(run())
+    return Result(f"{result.system} {policy}", result.faults, result.outcomes)
+
+
+# ---------------------------------------------------------------------- real engines
+
+
+def real(args: argparse.Namespace) -> Part:
+    """Kill real engines while every kind of request runs."""
+    script = random_script(f"kill={args.kills}", duration_s=args.real_seconds, rng=random.Random(args.seed))
+    options = Options(seed=args.seed, concurrency=args.concurrency, num_cases=40, mixed=True, patience_s=180.0)
+    flags = [*common_flags(args), "--dtype", "float32"]
+    command = arriero_command(model_of(args), port=args.port, instances=args.instances, flags=flags)
+
+    async def run(url: str) -> tuple[Result, list[str]]:
+        rng = random.Random(args.seed)
+        async with running(url, None, rng) as system:
+            result = await carry_out(system, script, options, rng)
+            return result, await leaks(system.client)
+
+    with Server(command, port=args.port, log=log_file("chaos-real"), timeout_s=args.start_timeout) as server:
+        say(f"ready after {server.ready_s:.0f} s")
+        result, left = asyncio.run(run(server.url))
+    left += [f"shared memory {name}" for name in server.shared_memory()]
+    left += [f"process {name}" for name in server.survivors]
+    return {"runs": [{**result.as_dict(), "row": result.row(), "seed": args.seed, "leaks": left}]}
+
+
+async def leaks(client: Client) -> list[str]:
+    """What the server still holds when nobody asks for anything."""
+
+    async def probe() -> list[str]:
+        return leaks_in(await client.get("/arriero/check"))
+
+    return await poll(probe, lambda found: not found, timeout_s=IDLE_TIMEOUT_S)
+
+
+def summarise_real(runs: Sequence[dict[str, Any]]) -> Part:
+    """All runs, of whatever seeds, together."""
+    verdicts = Counter(s["verdict"] for run in runs for s in run["streams"])
+    kinds = sorted({s["kind"] for run in runs for s in run["streams"]})
+    rows = []
+    for kind in kinds:
+        here = [s for run in runs for s in run["streams"] if s["kind"] == kind]
+        whole = [s for s in here if s["verdict"] == Verdict.WHOLE]
+        silences = [s["longest_silence_s"] for s in whole]
+        rows.append(
+            {
+                "kind": kind,
+                "streams": len(here),
+                "whole": len(whole),
+                "longest silence P50 s": percentile(silences, 50.0),
+                "longest silence max s": max(silences, default=float("nan")),
+            }
+        )
+    num_streams = sum(verdicts.values())
+    num_kills = sum(f["skipped"] is None and f["action"] == "kill" for run in runs for f in run["faults"])
+    num_leaks = sum(len(run["leaks"]) for run in runs)
+    return {
+        "runs": list(runs),
+        "summary": rows,
+        "targets": [
+            Target.at_least("real: SIGKILLs of engines", num_kills, MIN_KILLS),
+            Target.at_least(
+                "real: streams whole and token-equal, %", percent(verdicts[Verdict.WHOLE], num_streams), 100.0
+            ),
+            Target.at_most("real: blocks, routes, reservations, files and processes left", num_leaks, 0),
+        ],
+    }
+
+
+# ---------------------------------------------------------------------- the record
+
+PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {"storm": storm, "scoreboard": scoreboard, "real": real}
+TITLES = {
+    "storm": "chaos, storm: faults at every point of the protocol, simulated engines",
+    "scoreboard": "chaos, scoreboard: the same faults for each",
+    "real": "chaos, real engines in float32: SIGKILL at random moments",
+}
+
+
+def earlier_parts() -> dict[str, Part]:
+    """What the file holds from earlier runs."""
+    try:
+        return dict(json.loads(RESULT.read_text())["parts"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def merge(name: str, part: Part, earlier: Part | None) -> Part:
+    """Runs on real engines add up, one for each seed; other parts replace what was there."""
+    if name != "real":
+        return part
+    seeds = {run["seed"] for run in part["runs"]}
+    kept = [run for run in (earlier or {}).get("runs", []) if run["seed"] not in seeds]
+    return summarise_real([*kept, *part["runs"]])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--strikes", type=int, default=600, help="of the storm (default: %(default)s)")
+    parser.add_argument(
+        "--duration", type=float, default=60.0, help="s of the scoreboard's load (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--faults", default="kill=6,stop=3,cut=2,corrupt=2,slow_disk=1", help="of the scoreboard (%(default)s)"
+    )
+    parser.add_argument("--policies", nargs="*", default=["round_robin", "cache_aware"], help="of vllm-router")
+    parser.add_argument("--kills", type=int, default=MIN_KILLS, help="of real engines (default: %(default)s)")
+    parser.add_argument("--real-seconds", type=float, default=420.0, help="of load on real engines (%(default)s)")
+    parser.add_argument("--concurrency", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--instances", type=int, default=2, help="(default: %(default)s)")
+    add_server_options(parser, port=8140, kv_bytes=1 << 29)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and write; 0 whether the targets are met or not."""
+    args = _parser().parse_args(argv)
+    parts = earlier_parts()
+    try:
+        for name in args.parts:
+            say(f"chaos: {name}")
+            part = merge(name, PARTS[name](args), parts.get(name))
+            command = " ".join(["make chaos", f'ARGS="{" ".join(argv if argv is not None else sys.argv[1:])}"'])
+            parts[name] = {**part, "command": command, **report.environment()}
+            report.print_table(TITLES[name], part["summary"], part["targets"])
+            targets = [t for p in parts.values() for t in p["targets"]]
+            report.write("chaos", [], targets, parts=parts)
+    except ArrieroError as error:
+        sys.stderr.write(f"make chaos: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    sys.exit(main())
