@@ -8,6 +8,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arriero.core.binding import peak_blocks
 from arriero.core.commands import Command, Dispatch, Move
 from arriero.core.config import LoadConfig, QueueingConfig, QueueTerm, RebalancingConfig, SchedulerConfig
 from arriero.core.scheduler import GlobalScheduler
@@ -135,6 +136,20 @@ def test_requests_move_away_from_where_a_large_one_is_to_start() -> None:
     (move,) = made.tick(0.1)
     assert isinstance(move, Move)
     assert (move.request_id, move.source, move.destination) == ("a", 0, 1)
+
+
+def test_where_ends_are_known_a_request_is_bound_if_memory_suffices_to_its_end() -> None:
+    """The long one alone will take 60 blocks and a partial one; when the new one ends, all three hold 50 and 3."""
+    for num_blocks, fits in ((61, True), (60, False)):
+        made = cluster(queueing=replace(QUEUEING, trusts_max_tokens=True))
+        made.instance_joined(0, 0.0)
+        for name, prompt, output in (("short", 10, 10), ("long", 20, 40)):
+            made.view.sent(replace(facts(name, prompt), max_tokens=16 * output), 0)
+        shown = [replace(running("short", 10), num_tokens=160), replace(running("long", 20), num_tokens=320)]
+        made.snapshot(snapshot(0, *shown, num_blocks=num_blocks), 0.0)
+        assert bool(sent(made.arrived(replace(facts("new", 5), max_tokens=80), 0.0))) is fits
+    stranger = cluster(snapshot(0, running("of another", 90)), queueing=replace(QUEUEING, trusts_max_tokens=True))
+    assert peak_blocks(stranger.view, 0) == 2, "its end is not known"
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=12), st.integers(1, 3))

@@ -68,10 +68,12 @@ class Pool:
         return blocks
 
     def release(self, blocks: list[int]) -> None:
+        nameless, cached = [], []
         for block in reversed(blocks):
             self.references[block] -= 1
             if not self.references[block]:
-                self.free.append(block)
+                (cached if block in self.hash_of else nameless).append(block)
+        self.free = [*nameless, *self.free, *cached]
 
 
 class Counted:
@@ -95,7 +97,8 @@ class Counted:
         return hit, share
 
     def release(self, share: Share, num_blocks: int) -> None:
-        self.num_free += self.cache.let_go(share, num_blocks)
+        num_full = sum(length for _, length in share.segments)
+        self.num_free += self.cache.let_go(share, num_blocks, num_full)
 
 
 LENGTHS = (3, 2, 4)
@@ -151,9 +154,9 @@ def test_what_two_compute_at_a_time_is_known_once_and_nothing_is_lost() -> None:
     for share in shares:
         cache.computed(share, 8)
     assert [share.held for share in shares] == [[4, 4], [0, 0]]
-    assert cache.let_go(shares[1], 8) == 8
+    assert cache.let_go(shares[1], 8, 8) == 8
     cache.check_integrity(12)
-    assert cache.let_go(shares[0], 8) == 8
+    assert cache.let_go(shares[0], 8, 8) == 8
     cache.check_integrity(20)
     assert cache.find(((1, 4), (2, 4)), 99) == ([4, 4], 8)
 
@@ -269,7 +272,7 @@ def _cut(arrival: Arrival) -> list[tuple[int, int]]:
     return [(i, i) for i in ids]
 
 
-@pytest.mark.parametrize("policy", ["round_robin", "arriero"])
+@pytest.mark.parametrize("policy", ["round_robin", "llumnix"])
 def test_bulk_and_single_steps_give_the_same_bytes_with_a_prefix_cache(tmp_path: Path, policy: str) -> None:
     logs = []
     for max_steps in (128, 1):

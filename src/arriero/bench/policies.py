@@ -19,10 +19,9 @@ from typing import Any
 
 from arriero.bench.report import Target, print_table, write
 from arriero.core.config import ScalingConfig
-from arriero.core.policies import policy_config
 from arriero.sim.profiles import PAPER, load_profile
 from arriero.sim.report import summarize
-from arriero.sim.simulator import Simulator, SimulatorConfig, engine_config
+from arriero.sim.simulator import CLAIRVOYANT, Simulator, SimulatorConfig, engine_config, scheduler_config
 from arriero.workload.workload import Workload, make_workload
 
 
@@ -60,7 +59,7 @@ SCALING = [
 ]
 SETS = {"points": POINTS, "priorities": [*PRIORITIES, *IGNORED], "scaling": SCALING}
 
-POLICIES = ["round_robin", "least_outstanding", "power_of_two", "vllm_dp", "infaas", "llumnix", "arriero"]
+POLICIES = ["round_robin", "least_outstanding", "power_of_two", "vllm_dp", "infaas", "llumnix", "arriero", CLAIRVOYANT]
 MAIN = ["infaas", "llumnix", "arriero"]
 NUM_INSTANCES = 16
 
@@ -78,7 +77,7 @@ class Run:
 def simulate(run: Run) -> dict[str, Any]:
     """Its figures."""
     point = run.point
-    scheduler = replace(policy_config(run.policy), seed=run.seed)
+    scheduler = scheduler_config(run.policy, run.seed)
     if point.threshold is not None:
         scaling = ScalingConfig(
             low_freeness=point.threshold, high_freeness=point.threshold + 50, max_instances=NUM_INSTANCES

@@ -241,6 +241,7 @@ class QueueingConfig:
     reserve_share: float = 0.1  #: of an instance's blocks, that this comes to at most
     prefill_backlog_tokens: int = 8192  #: an instance with so much to prefill starts nobody soon
     earmark_share: float = 0.0625  #: of the instances, that may be kept for requests which fit nowhere; one at least
+    trusts_max_tokens: bool = False  #: each request is taken to end at its ``max_tokens``: the reserve is exact then
     scan_depth: int = 64  #: requests at the head of the queue that are looked at
 
     def __post_init__(self) -> None:

@@ -82,6 +82,10 @@ class Ledger:
         """Requests that were sent to the instance and that it has not shown yet."""
         return len(self._unseen.get(instance, ()))
 
+    def pending(self, instance: InstanceId) -> list[Dispatchable]:
+        """Requests that were sent to the instance and that it has not shown yet."""
+        return list(self._unseen.get(instance, {}).values())
+
     def pending_tokens(self, instance: InstanceId) -> int:
         """Tokens of the prompts of unseen requests."""
         return sum(r.num_prompt_tokens for r in self._unseen.get(instance, {}).values())

@@ -8,19 +8,17 @@ processes (instances.py). Everything here runs on one event loop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from arriero.core.commands import Command, Dispatch, Drain, Launch, Move, PolicyFailed, Reject, RejectKind, Stop
+from arriero.core.commands import Command, Reject, RejectKind
 from arriero.core.config import MigrationConfig, RecoveryConfig, SchedulerConfig
 from arriero.core.errors import (
     ArrieroError,
     ConfigError,
     ConflictError,
-    LaunchError,
     OverloadedError,
     ProtocolError,
     UnavailableError,
@@ -40,6 +38,7 @@ from arriero.frontend.lifecycle import Lifecycle
 from arriero.frontend.links import InstanceLinks
 from arriero.frontend.migrations import MigrationReport, MigrationRunner
 from arriero.frontend.moves import Moves
+from arriero.frontend.orders import Orders
 from arriero.frontend.replays import Replays
 from arriero.frontend.requests import LiveRequest, RequestTable
 from arriero.frontend.rolling import Rollout
@@ -80,6 +79,7 @@ class Cluster:
         self.respec = respec  #: how instances are launched with flags added; raises ConfigError
         self.events = events or EventLog(clock)
         self.scheduler = make_scheduler(scheduler, self.events)
+        self._orders = Orders(self)
         self.requests = RequestTable()
         self.pace = StepPace()
         self.metrics = metrics or Metrics()
@@ -95,13 +95,13 @@ class Cluster:
             progress=progress,
         )
         self.lifecycle = Lifecycle(
-            recovery, instances=self.instances, links=links, clock=clock, spawn=self._spawn, progress=progress
+            recovery, instances=self.instances, links=links, clock=clock, spawn=self.spawn, progress=progress
         )
         self.moves = Moves(
             requests=self.requests,
             instances=self.instances,
             scheduler=self.scheduler,
-            carry_out=self._carry_out,
+            carry_out=self._orders.carry_out,
             events=self.events,
             metrics=self.metrics,
             clock=clock,
@@ -119,22 +119,22 @@ class Cluster:
             instances=self.instances,
             links=links,
             migrations=self.migrations,
-            arrive=lambda facts: self._carry_out(self.scheduler.arrived(facts, self.clock())),
-            withdraw=lambda request_id: self._carry_out(self.scheduler.ended(request_id, self.clock())),
-            lose=self._lose,
-            spawn=self._spawn,
+            arrive=lambda facts: self._orders.carry_out(self.scheduler.arrived(facts, self.clock())),
+            withdraw=lambda request_id: self._orders.carry_out(self.scheduler.ended(request_id, self.clock())),
+            lose=self.lose,
+            spawn=self.spawn,
         )
         self.drains = Drains(
             scheduler.drain,
             instances=self.instances,
             links=links,
             scheduler=self.scheduler,
-            carry_out=self._carry_out,
+            carry_out=self._orders.carry_out,
             num_requests=lambda instance: len(self.requests.routed_to(instance)),
             on_started=lambda report: self.events.emit("drain_started", **report.as_dict()),
             on_ended=self._drain_ended,
             clock=clock,
-            spawn=self._spawn,
+            spawn=self.spawn,
         )
         self.rollout = Rollout(
             instances=self.instances,
@@ -143,10 +143,8 @@ class Cluster:
             max_surge=max_surge,
             clock=clock,
         )
-        self.shutdown = Shutdown(self.requests, self._lose, progress)
+        self.shutdown = Shutdown(self.requests, self.lose, progress)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._failed_policies: set[str] = set()
-        self._placing: dict[RequestId, asyncio.Future[None]] = {}  # who waits for an instance
 
     # ------------------------------------------------------------------ life
 
@@ -165,8 +163,8 @@ class Cluster:
             raise
         interval_s = self.scheduler.config.interval_s
         if interval_s is not None:
-            self._spawn(self._tick_forever(interval_s))
-        self._spawn(self.lifecycle.watch_forever())
+            self.spawn(self._tick_forever(interval_s))
+        self.spawn(self.lifecycle.watch_forever())
         return started
 
     def close(self, timeout_s: float) -> None:
@@ -182,7 +180,12 @@ class Cluster:
         self.links.close()
         self.events.close()
 
-    def _spawn(self, coroutine: Any) -> None:
+    def now(self) -> float:
+        """The front end's clock."""
+        return self.clock()
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run it until it ends, or the cluster is closed."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -201,8 +204,8 @@ class Cluster:
         refused = next((c for c in commands if isinstance(c, Reject) and c.request_id == facts.request_id), None)
         if refused is not None:
             commands.remove(refused)
-            self._end_request(facts.request_id, refused.kind.value)
-        self._carry_out(commands)
+            self.end(facts.request_id, refused.kind.value)
+        self._orders.carry_out(commands)
         self.metrics.dispatch_seconds.observe(self.clock() - started)
         if refused is not None:
             raise _error_of(refused)
@@ -218,19 +221,16 @@ class Cluster:
         request = self.requests.get(facts.request_id)
         if request is None or request.route is not None:
             return
-        placed = self._placing[facts.request_id] = asyncio.get_running_loop().create_future()
         try:
-            await placed
+            await self._orders.placed(facts.request_id)
         except asyncio.CancelledError:
             self.abort([facts.request_id])
             raise
-        finally:
-            self._placing.pop(facts.request_id, None)
 
     def abort(self, request_ids: Sequence[RequestId]) -> None:
         """The clients are gone; unknown ids are ignored."""
         for request_id in request_ids:
-            request = self._end_request(request_id, "aborted")
+            request = self.end(request_id, "aborted")
             if request is not None:
                 self._abort_where_it_runs(request)
 
@@ -240,10 +240,11 @@ class Cluster:
         if not self.instances.is_dead(request.route):
             self.links.abort(request.route, [request.request_id])
 
-    def _end_request(self, request_id: RequestId, how: str) -> LiveRequest | None:
+    def end(self, request_id: RequestId, how: str) -> LiveRequest | None:
+        """The care for a request ends; ``how``: for the event log."""
         request = self.requests.pop(request_id)
         if request is not None:
-            self._carry_out(self.scheduler.ended(request_id, self.clock()))
+            self._orders.carry_out(self.scheduler.ended(request_id, self.clock()))
             self.replays.ended(request_id)
             self.moves.forget(request_id)
             self.events.emit(
@@ -262,7 +263,7 @@ class Cluster:
         self.lifecycle.watchdog.heard(snapshot.instance)
         self.instances.on_snapshot(snapshot.instance)
         self.pace.clock_read(snapshot.instance, snapshot.time_s, self.clock())
-        self._carry_out(self.scheduler.snapshot(snapshot, self.clock()))
+        self._orders.carry_out(self.scheduler.snapshot(snapshot, self.clock()))
 
     def on_outputs(self, outputs: Any) -> None:
         """Log tokens, drop what does not come from a request's route, pass the rest on."""
@@ -288,7 +289,7 @@ class Cluster:
         if stale:
             outputs.outputs = [o for o in outputs.outputs if self._is_current(o.request_id, instance)]
         for request_id, how in finished:
-            self._end_request(request_id, how)
+            self.end(request_id, how)
             self.migrations.finished(request_id)
         if self.migrations.any_moving:
             self.migrations.tokens_came([o.request_id for o in outputs.outputs if o.new_token_ids])
@@ -302,12 +303,12 @@ class Cluster:
         joined = instance.instance_id
         self.events.emit("instance_ready", instance=joined, replaces=instance.replaces)
         self.lifecycle.watchdog.watch(joined)
-        self._carry_out(self.scheduler.instance_joined(joined, self.clock()))
+        self._orders.carry_out(self.scheduler.instance_joined(joined, self.clock()))
 
     def _left(self, instance: Instance) -> None:
         """An instance has ended in order."""
         self.events.emit("instance_left", instance=instance.instance_id)
-        self._carry_out(self._forget_instance(instance.instance_id))
+        self._orders.carry_out(self._forget_instance(instance.instance_id))
         self.drains.gone(instance)
 
     def _lost(self, instance: Instance, returncode: int) -> None:
@@ -319,11 +320,11 @@ class Cluster:
         orphans = [r for r in routed if not self.migrations.is_moving(r.request_id)]
         commands = self._forget_instance(lost)
         for request in given_up:
-            self._lose(request, "it has killed every instance that it ran on, the last time with no other to blame")
+            self.lose(request, "it has killed every instance that it ran on, the last time with no other to blame")
         for request in orphans:
             if request.route == lost and not self.migrations.is_moving(request.request_id):
                 self._replay(request)
-        self._carry_out(commands)
+        self._orders.carry_out(commands)
         if not self.drains.gone(instance):
             self.lifecycle.lost(instance)
 
@@ -346,82 +347,10 @@ class Cluster:
         self.metrics.drain_seconds.observe(report.total_s)
         self.events.emit("drain_ended", **report.as_dict())
 
-    # ------------------------------------------------------------------ what the scheduler wants
-
-    def _carry_out(self, commands: Sequence[Command]) -> None:
-        for command in commands:
-            match command:
-                case Dispatch():
-                    self._place(command)
-                case Move():
-                    self._move(command)
-                case Reject():
-                    self._reject(command)
-                case PolicyFailed(policy=policy, error=error):
-                    self.metrics.policy_failures.labels(policy).inc()
-                    if policy not in self._failed_policies:
-                        self._failed_policies.add(policy)
-                        logger.warning("policy %s %s; the freest instance is taken instead (said once)", policy, error)
-                case Launch(num_instances=num):
-                    for _ in range(num):
-                        self._spawn(self._launch())
-                case Drain(instance=instance, reason=reason):
-                    with contextlib.suppress(ArrieroError):  # something has happened to it meanwhile
-                        self.drains.start(instance, cause=reason)
-                case Stop(instance=instance):
-                    self.drains.emptied(instance)
-
-    def _place(self, command: Dispatch) -> None:
-        request = self.requests.get(command.request_id)
-        if request is None:
-            return
-        self.events.emit(
-            "dispatch",
-            request=command.request_id,
-            instance=command.instance,
-            reason=command.reason,
-            arrival_s=request.arrived_s,
-            prompt_tokens=request.facts.num_prompt_tokens,
-            max_tokens=request.facts.max_tokens,
-            priority=request.facts.priority,
-        )
-        if command.request_id in self.replays:
-            self.replays.place(request, command.instance)
-            return
-        request.route = command.instance
-        self.links.add(command.instance, request.message)
-        if (placing := self._placing.get(command.request_id)) is not None and not placing.done():
-            placing.set_result(None)
-
-    def _move(self, command: Move) -> None:
-        request = self.requests.get(command.request_id)
-        if request is not None and request.route == command.source:
-            with contextlib.suppress(ArrieroError):  # something has happened to it meanwhile
-                self.moves.start(request, command.destination, command.mode, command.reason)
-
-    def _reject(self, command: Reject) -> None:
-        """The request was taken, so its client hears of it as of any end."""
-        request = self.requests.get(command.request_id)
-        if request is None:
-            return
-        placing = self._placing.get(command.request_id)
-        if placing is None:
-            self._lose(request, command.reason)
-        elif not placing.done():
-            self._end_request(command.request_id, command.kind.value)
-            placing.set_exception(UnavailableError(command.reason))
-
-    async def _launch(self) -> None:
-        try:
-            await self.instances.launch()
-        except LaunchError as error:
-            logger.error("%s", error)
-            self._carry_out(self.scheduler.launch_failed(self.clock()))
-
     async def _tick_forever(self, interval_s: float) -> None:
         while True:
             await asyncio.sleep(interval_s)
-            self._carry_out(self.scheduler.tick(self.clock()))
+            self._orders.carry_out(self.scheduler.tick(self.clock()))
 
     # ------------------------------------------------------------------ moving
 
@@ -447,10 +376,10 @@ class Cluster:
         if self.requests.get(request.request_id) is request:
             self.replays.replay(request)
 
-    def _lose(self, request: LiveRequest, reason: str) -> None:
+    def lose(self, request: LiveRequest, reason: str) -> None:
         """Nothing more can be done for a request: its client gets an error."""
         request_id = request.request_id
-        if self._end_request(request_id, "lost") is None:
+        if self.end(request_id, "lost") is None:
             return
         logger.error("request %s is lost: %s", request_id, reason)
         self._abort_where_it_runs(request)

@@ -138,7 +138,8 @@ class FastEngine:
             self.num_free += sequence.num_blocks
         else:
             assert sequence.share is not None
-            self.num_free += self.cache.let_go(sequence.share, sequence.num_blocks)
+            num_full = sequence.num_computed // self.block_size
+            self.num_free += self.cache.let_go(sequence.share, sequence.num_blocks, num_full)
         sequence.num_blocks = 0
 
     def allocate(self, sequence: FastSequence, num_tokens: int) -> None:

@@ -11,7 +11,7 @@ from arriero.core.errors import ConfigError
 from arriero.core.policies import POLICIES
 from arriero.sim.network import NetworkConfig
 from arriero.sim.profiles import PAPER, load_profile
-from arriero.sim.simulator import SimulatorConfig, engine_config, scheduler_config
+from arriero.sim.simulator import CLAIRVOYANT, SimulatorConfig, engine_config, scheduler_config
 from arriero.workload.recorded import is_log, read_log
 from arriero.workload.traces import read_trace
 from arriero.workload.workload import CLASSES, Workload, make_workload
@@ -38,7 +38,7 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
 
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     """Engines, their profile, and the policies."""
-    known = ", ".join(POLICIES)
+    known = ", ".join([*POLICIES, CLAIRVOYANT])
     parser.add_argument("--policy", default="arriero", help=f"one or more of {known}, separated by commas")
     parser.add_argument(
         "--profile", default=PAPER, help=f"model and device, or a file NAME.json (default: {PAPER}; 'list' shows all)"

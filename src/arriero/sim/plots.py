@@ -138,22 +138,24 @@ def _over_time(axes: Any, what: str, results: Mapping[str, SimulationResult], pa
         if what == "waiting":
             values = np.array([s.num_waiting for s in result.samples], dtype=float)
         else:
-            total = sum(_num_blocks(result))
-            values = np.array([100 * s.fragmented / total for s in result.samples])
+            size = result.config.engine.num_blocks
+            values = np.array([100 * s.fragmented / (size * max(1, len(s.used))) for s in result.samples])
         axes.plot(times, values, color=paint[policy], linewidth=1.0, alpha=0.85, label=policy)
     axes.set_ylim(bottom=0)
     axes.margins(x=0)
     if what == "waiting":
-        style(axes, "requests that wait in instances", "seconds", "requests")
+        style(axes, "requests that wait", "seconds", "requests")
     else:
         style(axes, "fragmentation: memory that queues lack, free elsewhere", "seconds", "%")
 
 
 def _memory(figure: Any, axes: Any, policy: str, result: SimulationResult, last_s: float) -> None:
     """Used memory by instance and time; arrows are migrations, grey those of waiting requests: nothing was copied."""
-    used = np.array([s.used for s in result.samples], dtype=float).T
+    num_instances = 1 + max((max(s.instances, default=0) for s in result.samples), default=0)
+    shares = np.full((num_instances, len(result.samples)), np.nan)  # where an instance is not there, nothing is drawn
+    for column, sample in enumerate(result.samples):
+        shares[list(sample.instances), column] = 100 * np.array(sample.used) / result.config.engine.num_blocks
     times = np.array([s.time_s for s in result.samples])
-    shares = 100 * used / np.array(_num_blocks(result))[:, None]
     edges = np.append(times, times[-1] + (times[-1] - times[-2]))
     rows = np.arange(len(shares) + 1) - 0.5
     mesh = axes.pcolormesh(edges, rows, shares, cmap="YlGnBu", vmin=0, vmax=100, rasterized=True)
@@ -173,8 +175,3 @@ def _memory(figure: Any, axes: Any, policy: str, result: SimulationResult, last_
     axes.grid(False)
     axes.set_ylim(len(shares) - 0.5, -0.5)
     axes.set_xlim(0, last_s)
-
-
-def _num_blocks(result: SimulationResult) -> list[int]:
-    """Of each instance."""
-    return [result.config.engine.num_blocks] * len(result.samples[0].used)

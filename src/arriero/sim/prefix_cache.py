@@ -6,7 +6,8 @@ private to its request, which finds it again after a preemption.
 
     hit:      the longest chain of resident blocks from the first one on, never the one with the last token
     resident: from the moment a chunk with the block is scheduled, until the block is taken for something else
-    taken:    blocks that nobody holds, the one that was freed first goes first; of a request, its last block first
+    taken:    blocks that nobody holds: first those that are not full, the latest before all; then the others, the one
+              that was freed first goes first; of a request, its last block first
 
 Blocks of a segment are counted from its front, so ``resident`` and what each holder has are single numbers. Two things
 are simpler than in vLLM: a block that was computed twice (by two requests at a time) is known once, and what is
@@ -80,8 +81,8 @@ class PrefixCache:
 
     def __init__(self, num_blocks: int) -> None:
         self._segments: dict[Key, _Segment] = {}
-        self._newest_run = -1  # free blocks of no use come in runs with negative keys
-        self._free: OrderedDict[Key, int] = OrderedDict({self._newest_run: num_blocks})
+        self._run = -1  # free blocks that nobody can ask for come in runs with negative keys
+        self._free: OrderedDict[Key, int] = OrderedDict({self._run: num_blocks})
 
     # ------------------------------------------------------------------ looking
 
@@ -148,10 +149,14 @@ class PrefixCache:
             if num_blocks <= 0:
                 break
 
-    def let_go(self, share: Share, num_blocks: int) -> int:
-        """The request leaves its ``num_blocks`` blocks. Returns how many are free now that were not before."""
+    def let_go(self, share: Share, num_blocks: int, num_full: int) -> int:
+        """The request leaves its ``num_blocks`` blocks, the first ``num_full`` of which are full. Returns how many are
+        free now that were not before.
+        """
         num_freed = num_blocks - share.num_blocks
-        self._release_run(num_freed)
+        num_other = max(0, num_full - share.num_blocks)  # full, with what nobody asks for: its output, a second copy
+        self._add_run(num_freed - num_other, first=True)
+        self._add_run(num_other, first=False)
         for (key, _), held in zip(reversed(share.segments[: len(share.held)]), reversed(share.held), strict=True):
             if not held:
                 continue
@@ -167,13 +172,16 @@ class PrefixCache:
 
     # ------------------------------------------------------------------ the order
 
-    def _release_run(self, num_blocks: int) -> None:
+    def _add_run(self, num_blocks: int, *, first: bool) -> None:
         if num_blocks <= 0:
             return
-        if not self._free or next(reversed(self._free)) != self._newest_run:
-            self._newest_run -= 1
-            self._free[self._newest_run] = 0
-        self._free[self._newest_run] += num_blocks
+        edge = next(iter(self._free) if first else reversed(self._free), None)
+        if isinstance(edge, int) and edge < 0:
+            self._free[edge] += num_blocks
+            return
+        self._run -= 1
+        self._free[self._run] = num_blocks
+        self._free.move_to_end(self._run, last=not first)
 
     def _shrink(self, key: Key, num_blocks: int) -> None:
         left = self._free[key] - num_blocks

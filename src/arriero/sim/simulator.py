@@ -32,8 +32,16 @@ BLIND = frozenset({"round_robin", "least_outstanding", "power_of_two", "cache_aw
 """Dispatch policies that look at no snapshot: none is made for them, unless requests are rebalanced."""
 
 
+CLAIRVOYANT = "clairvoyant"
+"""A policy of the simulator alone: `arriero` that knows when each request will end. It shows what is left to gain."""
+
+
 def scheduler_config(policy: str, seed: int = 0) -> SchedulerConfig:
     """What ``--policy`` means. Raises ConfigError."""
+    if policy == CLAIRVOYANT:
+        config = policy_config("arriero")
+        assert config.queueing is not None
+        return replace(config, queueing=replace(config.queueing, trusts_max_tokens=True), seed=seed)
     return replace(policy_config(policy), seed=seed)
 
 
@@ -78,16 +86,17 @@ class SimulatorConfig:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Memory at one moment, in blocks.
+    """Memory at one moment, in blocks, of the instances that were there.
 
     ``fragmented``: what the heads of queues wait for and would get if the free memory of all instances were one,
     served from the smallest demand up (Llumnix, OSDI'24, section 6.3): free memory that is in the wrong place.
     """
 
     time_s: float
-    used: tuple[int, ...]  #: by instance
+    instances: tuple[InstanceId, ...]
+    used: tuple[int, ...]  #: of each of them
     fragmented: int
-    num_waiting: int
+    num_waiting: int  #: in the instances, and in the scheduler's queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +226,9 @@ class Simulator:
                 instance.watch()
 
     def _max_tokens(self, arrival: Arrival) -> int:
+        queueing = self.config.scheduler.queueing
+        if queueing is not None and queueing.trusts_max_tokens:
+            return arrival.output_tokens  # what nobody but a clairvoyant knows
         longest = self.config.engine.max_model_len - arrival.prompt_tokens
         return min(arrival.max_tokens, longest) if arrival.max_tokens else longest
 
@@ -387,8 +399,9 @@ class Simulator:
             if fragmented + demand > free:
                 break
             fragmented += demand
-        num_waiting = sum(len(instance.engine.waiting) for instance in present)
-        self.samples.append(Sample(self.kernel.now, used, fragmented, num_waiting))
+        num_waiting = self.scheduler.num_queued + sum(len(instance.engine.waiting) for instance in present)
+        numbers = tuple(instance.instance for instance in present)
+        self.samples.append(Sample(self.kernel.now, numbers, used, fragmented, num_waiting))
 
     def _emit(self, event: str, **fields: Any) -> None:
         if self._events is not None:

@@ -86,10 +86,11 @@ class VirtualInstance:
         """A new request arrives. Raises ConflictError if it can never run here."""
         self.settle_snapshots()
         self.engine.add(sequence)
+        self._is_shown = False
         if self.engine.segment is None:
             self._wake()
-        elif self.engine.waiting[0] is sequence:  # those behind a head that cannot run wait anyway
-            self.cut()
+        elif self.engine.waiting[0] is sequence or self._hooks.is_watched():
+            self.cut()  # otherwise not: those behind a head that cannot run wait anyway
 
     def park(self, sequence: FastSequence) -> None:
         """A request arrives ahead of its RESERVE."""
@@ -162,6 +163,7 @@ class VirtualInstance:
             return
         while self._free_s <= now and self._inbox:
             self._inbox.popleft()()
+            self._is_shown = False  # what it did, the snapshot of the step before does not show
         if now < self._free_s:
             self._kernel.at(self._free_s, self._go_on, self._order)
             return
