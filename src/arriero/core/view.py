@@ -25,9 +25,7 @@ class ClusterView:
         self.states: dict[InstanceId, InstanceState] = {}
         self.snapshots: dict[InstanceId, InstanceSnapshot] = {}
         self.ledger = Ledger()
-        self.earmarks: dict[
-            InstanceId, int
-        ] = {}  #: instances that are kept for a request, and the blocks that it needs
+        self.earmarks: dict[InstanceId, int] = {}  #: instances kept for a request, and the blocks that it needs
         self._candidates: list[InstanceId] | None = None
         self._freeness: dict[InstanceId, float] = {}
         self._changed: list[set[InstanceId]] = []
