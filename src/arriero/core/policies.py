@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from arriero.core.config import (
     LoadConfig,
     QueueingConfig,
@@ -26,10 +28,17 @@ POLICIES: dict[str, SchedulerConfig] = {
         rebalancing=RebalancingConfig(),
     ),
     "llumnix": SchedulerConfig(dispatch_policy="freeness", load=LoadConfig(load_targets=_TARGETS), rebalancing=_PAPER),
+    "llumnix_artifact": SchedulerConfig(
+        dispatch_policy="freeness",
+        load=LoadConfig(queue_term=QueueTerm.ALL, load_targets=_TARGETS),
+        rebalancing=replace(_PAPER, low_freeness=10.0, high_freeness=10.0),
+    ),
     "infaas": SchedulerConfig(dispatch_policy="freeness", load=LoadConfig(queue_term=QueueTerm.ALL)),
     **{name: SchedulerConfig(dispatch_policy=name) for name in DISPATCH_POLICIES},
 }
-"""`arriero` is the default; `llumnix` is the paper, and `infaas` its INFaaS++: the same dispatch without migration."""
+"""`arriero` is the default. `llumnix` is the paper; `llumnix_artifact` counts all who wait, as its artifact does, and
+has the thresholds that the paper takes for M-M and S-L. `infaas` is its INFaaS++: dispatch by freeness, no migration.
+"""
 
 
 def policy_config(name: str) -> SchedulerConfig:
