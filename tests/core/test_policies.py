@@ -32,5 +32,7 @@ def test_a_dotted_path_is_a_dispatch_policy_of_the_users_own() -> None:
 
 
 def test_an_unknown_name_is_refused_with_all_that_are_known() -> None:
-    with pytest.raises(ConfigError, match="policy 'magic' is unknown: use one of arriero, llumnix, infaas"):
+    with pytest.raises(
+        ConfigError, match="policy 'magic' is unknown: use one of arriero, llumnix, llumnix_artifact, infaas"
+    ):
         policy_config("magic")

@@ -59,7 +59,17 @@ SCALING = [
 ]
 SETS = {"points": POINTS, "priorities": [*PRIORITIES, *IGNORED], "scaling": SCALING}
 
-POLICIES = ["round_robin", "least_outstanding", "power_of_two", "vllm_dp", "infaas", "llumnix", "arriero", CLAIRVOYANT]
+POLICIES = [
+    "round_robin",
+    "least_outstanding",
+    "power_of_two",
+    "vllm_dp",
+    "infaas",
+    "llumnix",
+    "llumnix_artifact",
+    "arriero",
+    CLAIRVOYANT,
+]
 MAIN = ["infaas", "llumnix", "arriero"]
 NUM_INSTANCES = 16
 
@@ -147,6 +157,9 @@ def targets_of(samples: Sequence[Mapping[str, Any]]) -> list[Target]:
         if point in ("M-M 7.8", "L-L 3.0"):
             gain = infaas["prefill_P99"] / llumnix["prefill_P99"]
             targets.append(Target.at_least(f"{point}: prefill P99, infaas / llumnix", gain, 5, "x"))
+            if (artifact := by.get((point, "llumnix_artifact"))) is not None:
+                gain = infaas["prefill_P99"] / artifact["prefill_P99"]
+                targets.append(Target.at_least(f"{point}: prefill P99, infaas / llumnix_artifact", gain, 5, "x"))
         for name in ("prefill_P99", "decode_P99_ms", "request_P99"):
             ratio = arriero[name] / llumnix[name]
             limit = 1 + _noise(samples, point, name)
