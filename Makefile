@@ -11,13 +11,14 @@ KV_BYTES  ?= 536870912
 MODEL     ?=
 SERVED    ?= $(or $(MODEL),smollm2)
 ARGS      ?=
+EXAMPLES  ?= 2000
 
 BIN   := .venv/bin
 # Named after what it installs, so it is remade when the content changes, not when a checkout touches the files.
 STAMP := .venv/.installed-$(shell { echo '$(TORCH)'; cat requirements/lock.txt pyproject.toml; } | cksum | cut -d' ' -f1)
 
 .PHONY: help setup model serve check lint types format test test-fast
-.PHONY: bench-policies bench-scheduler
+.PHONY: bench-policies bench-scheduler bench-checksum fuzz
 .PHONY: bench-migration bench-overhead bench-sim bench-race bench-fidelity peers soak mutants clean bench-drain
 
 help: ## List the targets
@@ -101,6 +102,13 @@ chaos: setup model peers ## Hurt it at every point of the protocol, and beside o
 
 soak: setup ## Serve for long, with random migrations and deaths (ARGS=...)
 	$(BIN)/python -m arriero.bench.soak $(ARGS)
+
+bench-checksum: setup ## Measure what the checksum of KV blocks costs beside their copy (ARGS=...)
+	$(BIN)/python -m arriero.bench.checksum $(ARGS)
+
+fuzz: setup model ## Look long for input that breaks something: every socket, the admin API (EXAMPLES=2000 ARGS=...)
+	test -x .venv-fuzz/bin/schemathesis || { $(PYTHON) -m venv .venv-fuzz && .venv-fuzz/bin/pip install schemathesis==4.32.5; }
+	ARRIERO_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/fuzz --timeout 3600 $(ARGS)
 
 mutants: setup ## Break each rule in turn: does a test notice? (ARGS=...)
 	$(BIN)/python -m arriero.bench.mutants $(ARGS)

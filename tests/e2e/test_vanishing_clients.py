@@ -68,7 +68,7 @@ def test_a_client_that_closes_while_its_request_waits_ends_it(strict_server: Ser
     connections = [connect(strict_server) for _ in range(10)]
     for number, connection in enumerate(connections):
         ask(connection, f"waits-{number}")
-    strict_server.until(lambda: sum(i["waiting"] for i in strict_server.instances()) == 2)
+    strict_server.until(lambda: sum(r["state"] in ("waiting", "queued") for r in strict_server.requests()) == 2)
     for connection in connections:
         connection.close()
     strict_server.until(lambda: strict_server.requests() == [])

@@ -282,3 +282,31 @@ async def test_only_the_last_dead_are_remembered(world: World) -> None:
     assert remembered == [*range(3, MAX_DEAD + 3), MAX_DEAD + 3]
     assert world.instances.is_dead(0)
     assert not world.instances.is_dead(MAX_DEAD + 3)
+
+
+# ---------------------------------------------------------------------- refused
+
+
+@pytest.mark.asyncio
+async def test_an_instance_that_may_not_join_is_killed_and_whoever_started_it_is_told_why(world: World) -> None:
+    world.instances._refusal = lambda payload: "it is a camel"
+    future = world.launch()
+    (instance,) = (i for i, _, _ in world.launcher.started)
+    world.instances.on_ready(instance, b"payload")
+    world.instances.on_snapshot(instance)
+    assert world.launcher.killed == [instance]
+    assert world.joined == []
+    with pytest.raises(LaunchError, match=f"instance {instance} may not join: it is a camel"):
+        await future
+    world.instances.on_exit(instance, -9)
+    assert world.instances[instance].stage == "may not join: it is a camel"
+    assert world.lost == []
+
+
+@pytest.mark.asyncio
+async def test_an_instance_that_serves_cannot_be_made_another_by_a_second_first_message(world: World) -> None:
+    record = await world.ready()
+    world.instances._refusal = lambda payload: "it is a camel"
+    world.instances.on_ready(record.instance_id, b"another payload")
+    assert record.ready_payload == b"payload"
+    assert world.launcher.killed == []

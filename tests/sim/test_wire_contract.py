@@ -13,10 +13,15 @@ import pytest
 from arriero.core.errors import ProtocolError
 from arriero.sim import wire
 from arriero.sim.sequence import FinishReason
-from arriero.sim.wire import SimCodec, SimRequest, decode_any, decode_request, to_job
+from arriero.sim.wire import SimCodec, SimRequest, decode_call, decode_request, to_job
 from arriero.wire import PARKED_WAVE
 
 codec = SimCodec()
+
+
+def as_map(data: bytes) -> Any:
+    """Sampling parameters as the simulated engine's decoder finds them."""
+    return msgspec.msgpack.decode(data, ext_hook=lambda code, value: None)
 
 
 # ---------------------------------------------------------------------- without vLLM
@@ -142,7 +147,7 @@ def test_omitted_sampling_parameters_mean_vllms_defaults(vllm_engine: Any, seria
     from vllm.sampling_params import SamplingParams
 
     data = serial.MsgpackEncoder().encode(SamplingParams())[0]
-    request = msgspec.structs.replace(SimRequest("r1", [1]), sampling_params=decode_any(data))
+    request = msgspec.structs.replace(SimRequest("r1", [1]), sampling_params=as_map(data))
     job = to_job(request)
     assert job.max_tokens == SamplingParams().max_tokens == wire.VLLM_DEFAULT_MAX_TOKENS
     assert (job.seed, job.stop_token_ids, job.ignore_eos, job.min_tokens) == (None, frozenset(), False, 0)
@@ -154,7 +159,7 @@ def test_the_end_token_arrives(vllm_engine: Any, serial: Any) -> None:
     params = SamplingParams()
     params.update_from_generation_config({}, 99)
     data = serial.MsgpackEncoder().encode(params)[0]
-    job = to_job(msgspec.structs.replace(SimRequest("r1", [1]), sampling_params=decode_any(data)))
+    job = to_job(msgspec.structs.replace(SimRequest("r1", [1]), sampling_params=as_map(data)))
     assert job.eos_token_id == params.eos_token_id == 99
 
 
@@ -193,7 +198,7 @@ def test_utility_results_reach_vllm_and_come_from_it(vllm_engine: Any, serial: A
 
 def test_a_utility_call_of_vllms_client_is_understood(serial: Any) -> None:
     frames = serial.MsgpackEncoder().encode((0, 17, "arriero_llumlet", (b"message",)))
-    assert decode_any(frames[0]) == [0, 17, "arriero_llumlet", [b"message"]]
+    assert decode_call(frames[0]) == (17, "arriero_llumlet", [b"message"])
 
 
 def test_vllm_decodes_the_ready_response(vllm_engine: Any) -> None:

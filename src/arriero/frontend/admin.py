@@ -11,11 +11,15 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Respons
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.types import Message, Receive
 
+from arriero.core.config import HttpConfig
 from arriero.core.errors import ArrieroError
 from arriero.core.types import MigrationMode
 from arriero.frontend.cluster import Cluster
 from arriero.frontend.openai_errors import answer_to
+
+MAX_ADMIN_BODY_BYTES = HttpConfig().max_admin_body_bytes
 
 
 class MigrateBody(BaseModel):
@@ -129,6 +133,21 @@ def authorize(api_keys: list[str]) -> Any:
     return check
 
 
+def _bounded(receive: Receive) -> Receive:
+    """Reads a body of at most ``MAX_ADMIN_BODY_BYTES``; a longer one is refused before it is in memory."""
+    read = 0
+
+    async def bounded() -> Message:
+        nonlocal read
+        message = await receive()
+        read += len(message.get("body", b""))
+        if read > MAX_ADMIN_BODY_BYTES:
+            raise HTTPException(413, f"the body has more than {MAX_ADMIN_BODY_BYTES} bytes: send less")
+        return message
+
+    return bounded
+
+
 class ErrorRoute(APIRoute):
     """Answers arriero's errors in the shape of OpenAI's (vLLM's handlers would make them a 500)."""
 
@@ -138,7 +157,7 @@ class ErrorRoute(APIRoute):
 
         async def answer(request: Request) -> Response:
             try:
-                return await handle(request)
+                return await handle(Request(request.scope, _bounded(request.receive)))
             except ArrieroError as error:
                 return answer_to(error)
 

@@ -34,6 +34,7 @@ from arriero.core.types import (
 from arriero.frontend.describe import describe_instances, describe_requests
 from arriero.frontend.drains import DrainReport, Drains
 from arriero.frontend.instances import Instance, Instances, MakeSpec, Progress
+from arriero.frontend.joining import Membership
 from arriero.frontend.lifecycle import Lifecycle
 from arriero.frontend.links import InstanceLinks
 from arriero.frontend.migrations import MigrationReport, MigrationRunner
@@ -85,9 +86,11 @@ class Cluster:
         self.metrics = metrics or Metrics()
         self.deliver = deliver
         self.links = links
+        self.membership = Membership()
         self.instances = Instances(
             launcher,
             make_spec,
+            refusal=self.membership.refusal,
             on_joined=self._joined,
             on_lost=self._lost,
             on_left=self._left,
@@ -215,9 +218,19 @@ class Cluster:
         request = self.requests.get(request_id)
         return request.route if request is not None else None
 
-    async def admit(self, message: Any, facts: Dispatchable, external_id: str) -> None:
-        """As :meth:`submit`, but wait until the request has an instance. Raises UnavailableError also if none came."""
+    async def admit(
+        self,
+        message: Any,
+        facts: Dispatchable,
+        external_id: str,
+        taken: Callable[[InstanceId | None], None] = lambda instance: None,
+    ) -> None:
+        """As :meth:`submit`, but wait until the request has an instance. Raises UnavailableError also if none came.
+
+        ``taken`` is told before, as soon as it was not refused: its instance, or None while it waits for one.
+        """
         self.submit(message, facts, external_id)
+        taken(self.route_of(facts.request_id))
         request = self.requests.get(facts.request_id)
         if request is None or request.route is not None:
             return

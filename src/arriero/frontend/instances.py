@@ -38,6 +38,7 @@ class Instance:
     replaced_by: InstanceId | None = None
     ready_payload: bytes = b""
     is_ending: bool = False  #: on our order
+    is_refused: bool = False  #: it may not join
 
     @property
     def serves(self) -> bool:
@@ -58,6 +59,7 @@ class Instances:
         on_left: Callable[[Instance], None],
         on_drain_asked: Callable[[InstanceId], None],
         progress: Progress,
+        refusal: Callable[[bytes], str | None] = lambda payload: None,
     ) -> None:
         self.make_spec = make_spec  #: of the next launches
         self._launcher = launcher
@@ -66,6 +68,7 @@ class Instances:
         self._on_left = on_left
         self._on_drain_asked = on_drain_asked
         self._progress = progress
+        self._refusal = refusal
         self._instances: dict[InstanceId, Instance] = {}
         self._starting: dict[InstanceId, asyncio.Future[Instance]] = {}
         self._ends: dict[InstanceId, asyncio.Future[int]] = {}
@@ -185,7 +188,20 @@ class Instances:
         if record is None:
             logger.warning("an unknown instance %d has connected; it is ignored", instance)
             return
+        if record.state is not InstanceState.STARTING:
+            logger.warning("instance %d is %s and says again that it starts; it is ignored", instance, record.state)
+            return
+        if (reason := self._refusal(payload)) is not None:
+            self._refuse(record, reason)
+            return
         record.ready_payload = payload
+
+    def _refuse(self, record: Instance, reason: str) -> None:
+        record.is_refused = True
+        future = self._starting.pop(record.instance_id, None)
+        if future is not None and not future.done():
+            future.set_exception(LaunchError(f"instance {record.instance_id} may not join: {reason}"))
+        self.kill(record.instance_id, f"may not join: {reason}")
 
     def on_snapshot(self, instance: InstanceId) -> None:
         """It pushed a load report: from the first one on, it serves (from the links)."""
@@ -214,6 +230,8 @@ class Instances:
                     "its log above says why"
                 )
             )
+        if record.is_refused:
+            return  # whoever has started it knows already, and why
         if was is InstanceState.STARTING:
             record.stage = f"did not start: {_how(returncode)}"
         elif record.is_ending:

@@ -26,7 +26,7 @@ class Placement:
     def __init__(self, on_settled: Callable[[], None]) -> None:
         self.instance: InstanceId | None = None
         self.refusal: ArrieroError | None = None
-        self._settled = False
+        self.is_settled = False
         self._on_settled = on_settled
 
     def placed(self, instance: InstanceId | None) -> None:
@@ -38,17 +38,17 @@ class Placement:
         self._settle(None, error)
 
     def _settle(self, instance: InstanceId | None, refusal: ArrieroError | None) -> None:
-        if not self._settled:
-            self._settled, self.instance, self.refusal = True, instance, refusal
+        if not self.is_settled:
+            self.is_settled, self.instance, self.refusal = True, instance, refusal
             self._on_settled()
 
 
 _current: ContextVar[Placement | None] = ContextVar("arriero_placement", default=None)
 
 
-def current_placement() -> Placement | None:
-    """Of the HTTP request on whose behalf this code runs."""
-    return _current.get()
+def current_placement() -> Placement:
+    """Of the HTTP request on whose behalf this code runs; one that nobody looks at, if there is none."""
+    return _current.get() or Placement(lambda: None)
 
 
 class Placements:
@@ -86,7 +86,7 @@ class _Answer:
         async with self._order:
             if message["type"] == "http.response.start":
                 self._held = message
-                if _is_stream(message) and self.placement.instance is None and self.placement.refusal is None:
+                if _is_stream(message) and not self.placement.is_settled:
                     return  # until the request is placed or refused, or there is something to send
             if self._held is not None:
                 await self._open()

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from arriero.launch.child import adopt_parent, end_on_signals, report_stage
@@ -20,6 +21,7 @@ if __name__ == "__main__":
     _PAYLOAD = adopt_parent()
     report_stage("starting")
 
+from arriero import __version__
 from arriero.core.engine_port import Export
 from arriero.core.errors import ArrieroError, ConfigError, ProtocolError
 from arriero.core.llumlet import Llumlet
@@ -38,7 +40,8 @@ from arriero.sim.wire import (
     EngineCoreReadyResponse,
     UtilityOutput,
     UtilityResult,
-    decode_any,
+    decode_call,
+    decode_ids,
     decode_request,
     to_job,
 )
@@ -156,9 +159,9 @@ class SimInstance:
             case [kind, payload, *_] if kind == ADD:
                 self._add(payload)
             case [kind, payload, *_] if kind == ABORT:
-                self._abort(decode_any(payload))
+                self._abort(decode_ids(payload))
             case [kind, payload, *_] if kind == UTILITY:
-                self._utility(decode_any(payload))
+                self._utility(*decode_call(payload))
             case _:
                 raise ProtocolError(f"{len(frames)} frames of kind {frames[0]!r} are not understood")
 
@@ -173,25 +176,19 @@ class SimInstance:
         except ArrieroError:
             self._send_outputs([EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ERROR)])
 
-    def _abort(self, request_ids: Any) -> None:
-        if not isinstance(request_ids, list):
-            raise ProtocolError(f"{request_ids!r} is no list of requests to abort")
+    def _abort(self, request_ids: Sequence[RequestId]) -> None:
         for request_id in request_ids:
             self._engine.abort(request_id)
             self._llumlet.request_gone(request_id, time.monotonic())
 
-    def _utility(self, call: Any) -> None:
-        match call:
-            case [_, int(call_id), str(method), list(args)]:
-                output = UtilityOutput(call_id)
-            case _:
-                raise ProtocolError(f"{call!r} is no utility call")
+    def _utility(self, call_id: int, method: str, args: Sequence[Any]) -> None:
+        output = UtilityOutput(call_id)
         try:
             result = self._call(call_id, method, args)
             if result is _LATER:
                 return
             output.result = UtilityResult(result)
-        except (ArrieroError, IndexError) as error:
+        except Exception as error:  # noqa: BLE001 - a process edge: as in vLLM, whatever a call raises is its answer
             output.failure_message = f"Call to {method} method failed: {error}"
         self._sockets.send(EngineCoreOutputs(utility_output=output))
 
@@ -245,9 +242,18 @@ class SimInstance:
         self._sockets.send(EngineCoreOutputs(utility_output=UtilityOutput(SNAPSHOT_CALL_ID, result=result)))
 
 
-def ready_response(instance: InstanceId, engine: SimEngineConfig) -> EngineCoreReadyResponse:
+@dataclass(kw_only=True)
+class ReadyResponse(EngineCoreReadyResponse):
+    """As arriero adds to vLLM's, see vllm/engine.py and frontend/joining.py."""
+
+    arriero_version: str = __version__
+    model: str = "sim"
+    cache_dtype: str = "uint8"
+
+
+def ready_response(instance: InstanceId, engine: SimEngineConfig) -> ReadyResponse:
     """An instance's first message."""
-    return EngineCoreReadyResponse(
+    return ReadyResponse(
         max_model_len=engine.max_model_len,
         num_gpu_blocks=engine.num_blocks,
         block_size=engine.block_size,

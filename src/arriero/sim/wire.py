@@ -49,6 +49,17 @@ class EngineCoreRequest(msgspec.Struct, array_like=True, omit_defaults=True):
     kv_hints: Any = None
 
 
+class _Sampling(msgspec.Struct, rename={"eos_token_id": "_eos_token_id"}):
+    """Of vLLM's sampling parameters, those that the simulated engine looks at."""
+
+    max_tokens: int | None = VLLM_DEFAULT_MAX_TOKENS
+    min_tokens: int = 0
+    seed: int | None = None
+    stop_token_ids: list[int] | None = None
+    eos_token_id: int | None = None
+    ignore_eos: bool = False
+
+
 class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True):
     """What a step did for one request."""
 
@@ -158,7 +169,8 @@ def _from_wire(kind: type, obj: Any) -> Any:
 _encoder = msgspec.msgpack.Encoder(enc_hook=_to_wire)
 _outputs = msgspec.msgpack.Decoder(EngineCoreOutputs, dec_hook=_from_wire)
 _requests = msgspec.msgpack.Decoder(EngineCoreRequest, ext_hook=lambda code, data: None)
-_anything = msgspec.msgpack.Decoder(ext_hook=lambda code, data: None)
+_ids = msgspec.msgpack.Decoder(list[str])
+_calls = msgspec.msgpack.Decoder(tuple[Any, int, str, list[Any]], ext_hook=lambda code, data: None)
 
 
 class SimCodec:
@@ -192,9 +204,15 @@ def decode_request(data: Any) -> EngineCoreRequest:
     return _decode(_requests, data)  # type: ignore[no-any-return]
 
 
-def decode_any(data: Any) -> Any:
-    """The payload of an ABORT or UTILITY. Raises ProtocolError."""
-    return _decode(_anything, data)
+def decode_ids(data: Any) -> list[RequestId]:
+    """The payload of an ABORT. Raises ProtocolError."""
+    return _decode(_ids, data)  # type: ignore[no-any-return]
+
+
+def decode_call(data: Any) -> tuple[int, str, list[Any]]:
+    """The payload of a UTILITY: call id, method, arguments. Raises ProtocolError."""
+    _, call_id, method, arguments = _decode(_calls, data)
+    return call_id, method, arguments
 
 
 def _decode(decoder: Any, data: Any) -> Any:
@@ -235,18 +253,21 @@ def to_job(request: EngineCoreRequest) -> Job:
     """What the request asks of the simulated engine. Raises ProtocolError if it has no prompt tokens."""
     if request.prompt_token_ids is None:
         raise ProtocolError(f"request {request.request_id} has no prompt tokens: the simulated engine needs them")
-    params = request.sampling_params or {}
+    try:
+        params = msgspec.convert(request.sampling_params or {}, _Sampling)
+    except msgspec.ValidationError as error:
+        raise ProtocolError(f"request {request.request_id} has unusable sampling parameters: {error}") from error
     return Job(
         request_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,
-        max_tokens=1 if request.pooling_params is not None else params.get("max_tokens", VLLM_DEFAULT_MAX_TOKENS),
-        min_tokens=params.get("min_tokens", 0),
-        seed=params.get("seed"),
+        max_tokens=1 if request.pooling_params is not None else params.max_tokens,
+        min_tokens=params.min_tokens,
+        seed=params.seed,
         priority=request.priority,
         arrival_s=request.arrival_time,
-        stop_token_ids=frozenset(params.get("stop_token_ids") or ()),
-        eos_token_id=params.get("_eos_token_id"),
-        ignore_eos=params.get("ignore_eos", False),
+        stop_token_ids=frozenset(params.stop_token_ids or ()),
+        eos_token_id=params.eos_token_id,
+        ignore_eos=params.ignore_eos,
         unmovable=_unmovable(request),
     )
 

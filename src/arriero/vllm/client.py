@@ -51,17 +51,15 @@ class ClusterClient(AsyncMPClient):
         """Dispatch a request, once there is an instance; clients get 503 if none comes, 429 if too many wait."""
         placement = current_placement()
         try:
-            await self.cluster.admit(request, facts_of(request), request.external_req_id or request.request_id)
+            name = request.external_req_id or request.request_id
+            await self.cluster.admit(request, facts_of(request), name, placement.placed)
         except asyncio.CancelledError:
             self.forget([request.request_id])
             raise
         except ArrieroError as error:
             self.forget([request.request_id])
-            if placement is not None:
-                placement.refused(error)
+            placement.refused(error)
             raise GracefulHTTPError(str(error), HTTPStatus(error.status)) from error
-        if placement is not None:
-            placement.placed(self.cluster.route_of(request.request_id))
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """The client has gone, or a stop string was found."""

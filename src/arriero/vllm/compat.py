@@ -66,6 +66,11 @@ SYMBOLS: tuple[Symbol, ...] = (
     Symbol("vllm.v1.serial_utils", "CUSTOM_TYPE_RAW_VIEW"),
     Symbol("vllm.v1.serial_utils", "UtilityResult"),
     Symbol("vllm.v1.engine", "EngineCoreRequest", ("request_id", "current_wave", "client_index", "external_req_id")),
+    Symbol(
+        "vllm.v1.engine",
+        "EngineCoreReadyResponse",
+        ("vllm_version", "dtype", "block_size", "world_size", "tensor_parallel_size", "max_model_len"),
+    ),
     Symbol("vllm.v1.engine", "EngineCoreOutputs", ("engine_index", "outputs", "utility_output", "scheduler_stats")),
     Symbol("vllm.v1.engine", "EngineCoreOutput", ("request_id", "new_token_ids", "finish_reason")),
     Symbol("vllm.v1.engine", "UtilityOutput", ("call_id", "failure_message", "result")),
@@ -105,6 +110,7 @@ SYMBOLS: tuple[Symbol, ...] = (
         attributes=(
             "_perform_handshakes",
             "_initialize_kv_caches",
+            "_make_ready_response",
             "_handle_client_request",
             "_process_engine_step",
             "_process_input_queue",

@@ -26,6 +26,7 @@ if __name__ == "__main__":
     _PAYLOAD = adopt_parent()
     report_stage("importing vLLM")
 
+from arriero import __version__
 from arriero.core.config import CopyConfig, MigrationConfig
 from arriero.core.engine_port import Export
 from arriero.core.errors import ProtocolError
@@ -36,6 +37,7 @@ from arriero.launch.leftovers import note_shared_memory
 from arriero.vllm.compat import (
     EngineCoreOutputs,
     EngineCoreProc,
+    EngineCoreReadyResponse,
     EngineCoreRequestType,
     EngineShutdownState,
     EngineZmqAddresses,
@@ -64,6 +66,15 @@ class EngineSpec:
     copy: CopyConfig
     snapshot_interval_s: float
     shm_prefix: str
+
+
+@dataclass(kw_only=True)
+class ReadyResponse(EngineCoreReadyResponse):
+    """vLLM's first message to the front end, and what arriero adds, see frontend/joining.py."""
+
+    arriero_version: str = __version__
+    model: str
+    cache_dtype: str
 
 
 class ArrieroEngineCore(EngineCoreProc):
@@ -105,6 +116,12 @@ class ArrieroEngineCore(EngineCoreProc):
     def _initialize_kv_caches(self, vllm_config: Any) -> Any:
         report_stage("model loaded, sizing the KV cache")
         return super()._initialize_kv_caches(vllm_config)
+
+    def _make_ready_response(self) -> ReadyResponse:
+        config = self.vllm_config
+        model = f"{config.model_config.model}@{config.model_config.revision or ''}"
+        response = super()._make_ready_response()
+        return ReadyResponse(**vars(response), model=model, cache_dtype=str(config.cache_config.cache_dtype))
 
     def open_llumlet(self) -> None:
         """Give the engine its llumlet; after construction, before the loop runs."""

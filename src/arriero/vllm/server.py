@@ -353,6 +353,7 @@ async def _serve_until_stopped(args: argparse.Namespace, options: ServeOptions, 
         vllm_config = engine_config(args, options)
         async with running_cluster(args, options, vllm_config, argv) as cluster:
             llm = make_async_llm(vllm_config, cluster, args)
+            cluster.membership.serve(vllm_config.model_config.max_model_len)
             try:
                 await llm.reset_mm_cache()
                 stopped = await _serve_app(llm, cluster, address, sock, args, options)
