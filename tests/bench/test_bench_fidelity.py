@@ -20,12 +20,13 @@ PROFILE = Profile(name="p", step_time=MODEL, kv_tokens=8192, kv_bytes_per_token=
 PLAN = Plan(
     trace="azure2023_conv_200.csv",
     requests=20,
-    rate=2.0,
+    load=0.5,
     longest_prompt=200,
     longest_output=50,
     instances=2,
     max_num_seqs=16,
     max_num_batched_tokens=2048,
+    kv_cache_memory_bytes=100 << 20,
     flags=[],
 )
 
@@ -60,11 +61,18 @@ def test_drift_is_the_typical_change_of_the_machine_s_speed() -> None:
 
 
 def test_the_simulator_is_asked_for_the_plan_s_requests_as_their_clients_see_them() -> None:
-    without, with_cost = (simulate(PROFILE, PLAN, "round_robin", cost) for cost in (0.0, 10.0))
+    without, with_cost = (simulate(PROFILE, PLAN, PLAN.workload(MODEL), "round_robin", cost) for cost in (0.0, 10.0))
     assert len(without) == 20
     for a, b in zip(without, with_cost, strict=True):
         assert (b["ttft_s"] - a["ttft_s"], b["e2e_s"] - a["e2e_s"]) == (pytest.approx(0.01), pytest.approx(0.01))
         assert b.get("tpot_s") == a.get("tpot_s")
+
+
+def test_the_trace_is_stretched_to_what_the_machine_can_do() -> None:
+    rate = PLAN.workload(MODEL).rate
+    slower = replace(MODEL, a=2 * MODEL.a, b=2 * MODEL.b, c=2 * MODEL.c, d=2 * MODEL.d, e=2 * MODEL.e)
+    assert PLAN.workload(slower).rate == pytest.approx(rate / 2)
+    assert replace(PLAN, load=0.25).workload(MODEL).rate == pytest.approx(rate / 2)
 
 
 def test_the_profile_in_service_holds_what_both_calibrations_say() -> None:

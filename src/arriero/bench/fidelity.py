@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ from arriero.sim.network import NetworkConfig
 from arriero.sim.profiles import Profile, read_profile
 from arriero.sim.report import latencies
 from arriero.sim.simulator import Simulator, SimulatorConfig, engine_config, scheduler_config
+from arriero.sim.step_time import StepTimeModel
 from arriero.workload.traces import read_trace
 from arriero.workload.workload import Workload
 
@@ -49,6 +51,8 @@ MAX_DRIFT = 0.05
 MAX_ERROR = 0.10
 MAX_MAPE = 0.15
 FIGURES = ("ttft_s", "tpot_s", "e2e_s")
+CALIBRATION_KV_BYTES = 1 << 29
+BATCH = 4  #: sequences that decode together, for the estimate of what a request costs
 TRACE = Path(__file__).parents[1] / "data" / "azure2023_conv_200.csv"
 RESULT = Path("results") / "fidelity.json"
 TITLE = "the simulator beside two real instances (s; TPOT in ms)"
@@ -62,31 +66,42 @@ class Plan:
 
     trace: str
     requests: int
-    rate: float
+    load: float
     longest_prompt: int
     longest_output: int
     instances: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    kv_cache_memory_bytes: int
     flags: Sequence[str]
 
-    def workload(self) -> Workload:
-        """The excerpt, cut and stretched."""
-        workload = read_trace(TRACE.parent / self.trace, self.requests)  # a path of one's own is kept as it is
-        return at_rate(capped(workload, self.longest_prompt, self.longest_output), self.rate)
+    def workload(self, model: StepTimeModel) -> Workload:
+        """The excerpt, cut and stretched to the load: one engine works so long for each of its requests."""
+        path = TRACE.parent / self.trace  # a path of one's own is kept as it is
+        workload = capped(read_trace(path, self.requests), self.longest_prompt, self.longest_output)
+        work_s = fmean(work_ms(model, a.prompt_tokens, a.output_tokens) for a in workload.arrivals) / 1e3
+        return at_rate(workload, self.load * self.instances / work_s)
+
+
+def work_ms(model: StepTimeModel, prompt_tokens: int, output_tokens: int) -> float:
+    """Time of an engine that a request takes, when it decodes among ``BATCH`` sequences."""
+    context = prompt_tokens + output_tokens // 2
+    decode = model.step_ms([], BATCH, BATCH * context) / BATCH
+    # Its prefill shares a step with the others' decodes, which pay for reading the weights.
+    return model.step_ms([(prompt_tokens, 0)], 0, 0) - model.step_ms([(1, 0)], 0, 0) + output_tokens * decode
 
 
 # ---------------------------------------------------------------------- the real side
 
 
-async def measure(url: str, model: str, plan: Plan, seed: int) -> Sample:
+async def measure(url: str, model: str, plan: Plan, workload: Workload, seed: int) -> Sample:
     """Calibrate, replay, calibrate. Raises ArrieroError if an answer is not whole."""
     prompts = Prompts(model, random.Random(seed))
     async with Client(url) as client:
         await served.measure(client, SERVED_NAME, prompts, plan.instances)  # warms up, counts for nothing
         network = await served.copy_costs(client, SERVED_NAME, prompts)
         before = await served.measure(client, SERVED_NAME, prompts, plan.instances)
-        seen = await replay(client, SERVED_NAME, plan.workload().arrivals, prompts)
+        seen = await replay(client, SERVED_NAME, workload.arrivals, prompts)
         events = await client.get("/events", limit=1000)
         after = await served.measure(client, SERVED_NAME, prompts, plan.instances)
         stalled_s = client.stalled_s()
@@ -104,17 +119,22 @@ async def measure(url: str, model: str, plan: Plan, seed: int) -> Sample:
 # ---------------------------------------------------------------------- the simulated side
 
 
-def simulate(profile: Profile, plan: Plan, policy: str, request_ms: float) -> list[dict[str, float]]:
-    """Latencies of each request of the plan, as a client would see them."""
+def simulate(
+    profile: Profile, plan: Plan, workload: Workload, policy: str, request_ms: float
+) -> list[dict[str, float]]:
+    """Latencies of each request of the workload, as a client would see them."""
     config = SimulatorConfig(
         engine=engine_config(
-            profile, max_num_seqs=plan.max_num_seqs, max_num_batched_tokens=plan.max_num_batched_tokens
+            profile,
+            num_blocks=plan.kv_cache_memory_bytes // (profile.block_size * profile.kv_bytes_per_token) - 1,
+            max_num_seqs=plan.max_num_seqs,
+            max_num_batched_tokens=plan.max_num_batched_tokens,
         ),
         num_instances=plan.instances,
         scheduler=scheduler_config(policy),
         network=profile.network or NetworkConfig(),
     )
-    result = Simulator(config, plan.workload()).run()
+    result = Simulator(config, workload).run()
     return [_seen_by_client(latencies(record), request_ms / 1e3) for record in result.records]
 
 
@@ -182,9 +202,10 @@ def calibrated(model: str, path: Path, flags: Sequence[str], instances: int) -> 
     """The profile of one engine alone, from ``path`` or measured into it. Raises ArrieroError."""
     if not path.exists():
         say("calibrating one engine")
-        command = [sys.executable, "-m", "arriero.cli", "calibrate", model, "--output", str(path)]
+        command = [sys.executable, "-m", "arriero.cli", "calibrate", model, "--output", str(path), *flags]
+        command += ["--kv-cache-memory-bytes", str(CALIBRATION_KV_BYTES)]  # room for large batches
         with log_file("fidelity-calibrate").open("wb") as log:
-            done = subprocess.run([*command, "--instances", str(instances), *flags], stdout=log, stderr=log)
+            done = subprocess.run([*command, "--instances", str(instances)], stdout=log, stderr=log)
         if done.returncode:
             raise ArrieroError(f"arriero calibrate ended with exit code {done.returncode}: see {log.name}")
     return read_profile(path)
@@ -194,17 +215,19 @@ def run(policy: str, profile: Profile, plan: Plan, args: argparse.Namespace) -> 
     """One policy on both sides. Raises ArrieroError if the machine did not hold still in any try."""
     model, flags = model_of(args), [*plan.flags, *policy_flags(policy)]
     command = arriero_command(model, port=args.port, instances=plan.instances, flags=flags)
-    say(f"{policy}: starting {plan.instances} instances")
+    workload = plan.workload(profile.step_time)
+    say(f"{policy}: starting {plan.instances} instances, for {workload.rate:.3f} requests a second")
     with Server(command, port=args.port, log=log_file(f"fidelity-{policy}"), timeout_s=args.start_timeout) as server:
         for number in range(args.tries):
-            sample = asyncio.run(measure(server.url, model, plan, args.seed + number))
+            sample = asyncio.run(measure(server.url, model, plan, workload, args.seed + number))
             if sample["drift"] <= MAX_DRIFT and not sample["machine_stalled_s"]:
                 break
             say(f"{policy}: calibrations differ by {100 * sample['drift']:.1f} %")
     in_service, request_ms = as_served(profile, sample)
-    simulated = simulate(in_service, plan, policy, request_ms)
+    simulated = simulate(in_service, plan, workload, policy, request_ms)
     return {
         "policy": policy,
+        "rate": workload.rate,
         "discarded": number,
         **sample,
         "profile": in_service,
@@ -217,16 +240,16 @@ def run(policy: str, profile: Profile, plan: Plan, args: argparse.Namespace) -> 
 
 def policy_flags(policy: str) -> list[str]:
     """Of `arriero serve` for the policy that the simulator knows under this name."""
-    return ["--rebalance"] if policy == "arriero" else ["--dispatch-policy", policy]
+    return ["--policy", policy]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--policies", nargs="+", default=["round_robin", "arriero"], help="(default: %(default)s)")
     parser.add_argument("--trace", type=Path, default=TRACE, help="(default: the excerpt of the Azure trace)")
-    parser.add_argument("--requests", type=int, default=110, help="first ones of the trace (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=0.9, help="requests a second (default: %(default)s)")
-    parser.add_argument("--longest-prompt", type=int, default=1024, help="(default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=60, help="first ones of the trace (default: %(default)s)")
+    parser.add_argument("--load", type=float, default=0.55, help="of what the engines can do (default: %(default)s)")
+    parser.add_argument("--longest-prompt", type=int, default=768, help="(default: %(default)s)")
     parser.add_argument("--longest-output", type=int, default=320, help="(default: %(default)s)")
     parser.add_argument("--instances", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--max-num-seqs", type=int, default=64, help="(default: %(default)s)")
@@ -239,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--model", default=None, help="model folder (default: the bundled model)")
     group.add_argument("--port", type=int, default=8160, help="(default: %(default)s)")
     group.add_argument("--max-model-len", type=int, default=3072, help="(default: %(default)s)")
-    group.add_argument("--kv-cache-memory-bytes", type=int, default=207_360_000, help="(default: %(default)s)")
+    group.add_argument("--kv-cache-memory-bytes", type=int, default=66_355_200, help="(default: %(default)s)")
     group.add_argument("--block-size", type=int, default=32, help="(default: %(default)s)")
     group.add_argument("--start-timeout", type=float, default=600.0, help="seconds (default: %(default)s)")
     return parser
@@ -253,12 +276,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = Plan(
         trace=TRACE.name if args.trace == TRACE else str(args.trace.absolute()),
         requests=args.requests,
-        rate=args.rate,
+        load=args.load,
         longest_prompt=args.longest_prompt,
         longest_output=args.longest_output,
         instances=args.instances,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
+        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         flags=flags,
     )
     try:

@@ -2,7 +2,7 @@
 
 Lengths of the class M-M (Llumnix, OSDI'24), cut so that small engines hold them, arrive in bursts (Gamma gaps) and open
 loop: nobody waits for the server. Every system of `systems.py` answers the same arrivals of each seed, one system at a
-time, in an order that turns from seed to seed; prompts are new to each, so no prefix cache helps. Seeds can be run in
+time, in an order that turns from round to round; prompts are new to each, so no prefix cache helps. Seeds can be run in
 parts: what `results/race.json` holds from earlier calls with the same plan is kept unless ``--fresh``.
 
 *Silence* is the longest time between two chunks in the stream of one request. A preemption *could have been avoided by
@@ -85,7 +85,7 @@ class Watch:
 async def measure(running: Running, name: str, arrivals: Sequence[Arrival], prompts: Prompts) -> Sample:
     """One run of one system. Raises ArrieroError if an answer is not whole."""
     async with Client(running.url) as client:
-        await _warm_up(client, prompts, 4 * len(running.servers))
+        await _warm_up(client, prompts)
         before = running.total("vllm:num_preemptions_total")
         watch = Watch(client)
         task = asyncio.create_task(watch.run()) if name == ARRIERO else None
@@ -112,9 +112,9 @@ async def measure(running: Running, name: str, arrivals: Sequence[Arrival], prom
     return sample
 
 
-async def _warm_up(client: Client, prompts: Prompts, num_requests: int) -> None:
-    """Every engine has a long prompt and a batch before it counts."""
-    arrivals = [Arrival(0.1 * i, 900 if i % 2 else 60, 24) for i in range(num_requests)]
+async def _warm_up(client: Client, prompts: Prompts) -> None:
+    """Long prompts and a batch before it counts."""
+    arrivals = [Arrival(0.1 * i, 900 if i % 4 == 1 else 60, 24) for i in range(8)]
     await replay(client, SERVED_NAME, arrivals, prompts)
 
 
@@ -167,28 +167,37 @@ def _had_room(look: dict[str, Any], instance: int) -> bool:
     return bool(sizes) and max(free, default=0) > min(sizes)
 
 
-def run(plan: Plan, fleet: Fleet, seeds: Sequence[int], systems: Sequence[str], kept: list[Sample]) -> list[Sample]:
-    """Take what is asked for; written after each, so that a run that is cut short has been of use."""
+def run(
+    plan: Plan, fleet: Fleet, rounds: Sequence[Sequence[int]], systems: Sequence[str], kept: list[Sample]
+) -> list[Sample]:
+    """Take what is asked for; written after each sample, so that a run that is cut short has been of use.
+
+    ``rounds``: seeds that a system answers before the next one is started.
+    """
     samples = list(kept)
-    for position, seed in enumerate(seeds):
-        arrivals = workload_of(plan, seed).arrivals
+    for number, seeds in enumerate(rounds):
         groups = list(GROUPS.items())
-        turn = (seed + position) % len(groups)
+        turn = (seeds[0] + number) % len(groups)
         for group, (start, members) in groups[turn:] + groups[:turn]:
             wanted = [name for name in members if name in systems]
             if not wanted:
                 continue
-            say(f"seed {seed}: starting {group}")
-            with start(fleet, f"race-{seed}") as runs:
-                for name in wanted if seed % 2 else wanted[::-1]:
-                    prompts = Prompts(fleet.model, random.Random(f"{seed} {name}"))
+            say(f"seeds {', '.join(map(str, seeds))}: starting {group}")
+            with start(fleet, f"race-{seeds[0]}") as runs:
+                for name in wanted if seeds[0] % 2 else wanted[::-1]:
                     with runs[name]() as running:
-                        sample = asyncio.run(measure(running, name, arrivals, prompts))
-                        sample |= {"seed": seed, "commit": report.environment()["commit"], "run": running.describe()}
-                    samples = [s for s in samples if (s["system"], s["seed"]) != (name, seed)] + [sample]
-                    say(f"seed {seed}, {name}: {_brief_line(sample)}")
-                    write(plan, samples)
+                        for seed in seeds:
+                            sample = _take(plan, fleet.model, running, name, seed)
+                            samples = [s for s in samples if (s["system"], s["seed"]) != (name, seed)] + [sample]
+                            write(plan, samples)
     return samples
+
+
+def _take(plan: Plan, model: str, running: Running, name: str, seed: int) -> Sample:
+    prompts = Prompts(model, random.Random(f"{seed} {name}"))
+    sample = asyncio.run(measure(running, name, workload_of(plan, seed).arrivals, prompts))
+    say(f"seed {seed}, {name}: {_brief_line(sample)}")
+    return sample | {"seed": seed, "commit": report.environment()["commit"], "run": running.describe()}
 
 
 def _brief_line(sample: Sample) -> str:
@@ -302,6 +311,7 @@ def write(plan: Plan, samples: Sequence[Sample]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(default: 1 to 5)")
+    parser.add_argument("--per-start", type=int, default=1, help="seeds between two starts (default: %(default)s)")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="(default: all)")
     parser.add_argument("--requests", type=int, default=130, help="of a seed (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=2.2, help="requests a second (default: %(default)s)")
@@ -344,7 +354,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         kept = [] if args.fresh else kept_samples(plan)
         with ended_by_signals():
-            samples = run(plan, fleet, args.seeds, args.systems, kept)
+            rounds = [args.seeds[i : i + args.per_start] for i in range(0, len(args.seeds), args.per_start)]
+            samples = run(plan, fleet, rounds, args.systems, kept)
     except ArrieroError as error:
         say(f"bench-race: {error}")
         return 1

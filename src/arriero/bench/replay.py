@@ -7,6 +7,7 @@ routers that look at it expect, and still exactly the number of tokens that the 
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -47,17 +48,23 @@ class Prompts:
     """Texts of as many tokens as asked for, of random words: no two share a prefix worth caching."""
 
     def __init__(self, model: str, rng: random.Random) -> None:
-        from transformers import AutoTokenizer  # takes seconds to import
-
-        vocabulary = AutoTokenizer.from_pretrained(model).get_vocab()
-        self._words = sorted(" " + token[1:] for token in vocabulary if _WORD.fullmatch(token))
-        if len(self._words) < 1000:
-            raise ConfigError(f"model {model}: {len(self._words)} plain words in its vocabulary, too few for prompts")
+        self._words = _words_of(model)
         self._rng = rng
 
     def text(self, num_tokens: int) -> str:
         """A prompt of ``num_tokens`` tokens."""
         return "".join(self._rng.choices(self._words, k=num_tokens))
+
+
+@functools.cache
+def _words_of(model: str) -> list[str]:
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    vocabulary = AutoTokenizer.from_pretrained(model).get_vocab()
+    words = sorted(" " + token[1:] for token in vocabulary if _WORD.fullmatch(token))
+    if len(words) < 1000:
+        raise ConfigError(f"model {model}: {len(words)} plain words in its vocabulary, too few for prompts")
+    return words
 
 
 def completion(model: str, prompt: str, max_tokens: int) -> dict[str, Any]:

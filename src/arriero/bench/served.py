@@ -68,14 +68,14 @@ async def _decode(
         begun = {call: call.reply.num_tokens for call in calls}
         for call in calls:
             await _wait(call, begun[call] + DECODE_TOKENS)
-        places = {row["client_id"]: row["instance"] for row in await client.get("/requests")}
+        rows = await client.get("/requests")
     finally:
         await asyncio.gather(*(call.cancel() for call in calls))
     by_instance: dict[int, list[tuple[float, float]]] = {}
     for call in calls:
         window = call.reply.chunks[begun[call] - 1 : begun[call] + DECODE_TOKENS]
         itl_ms = 1e3 * (window[-1].time_s - window[0].time_s) / sum(chunk.num_tokens for chunk in window[1:])
-        by_instance.setdefault(places[call.reply.request_id], []).append((itl_ms, context + begun[call]))
+        by_instance.setdefault(_row(rows, call)["instance"], []).append((itl_ms, context + begun[call]))
     return [
         StepPoint(
             (),
@@ -85,6 +85,11 @@ async def _decode(
         )
         for _, found in sorted(by_instance.items())
     ]
+
+
+def _row(rows: Sequence[dict[str, Any]], call: Call) -> dict[str, Any]:
+    """The request as the admin API shows it, whose id goes on behind the client's."""
+    return next(row for row in rows if row["client_id"].startswith(call.reply.request_id))
 
 
 async def _wait(call: Call, num_tokens: int) -> None:
@@ -99,7 +104,7 @@ async def copy_costs(client: Client, model: str, prompts: Prompts) -> NetworkCon
     try:
         for _ in range(MOVES):
             await _wait(call, call.reply.num_tokens + 10)
-            row = next(r for r in await client.get("/requests") if r["client_id"] == call.reply.request_id)
+            row = _row(await client.get("/requests"), call)
             _, answer = await client.migrate(call.reply.request_id, 1 - row["instance"])
             stages += [s for m in answer.get("migrations", ()) if m["ok"] for s in m["stages"]]
     finally:
