@@ -96,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     migrate.add_argument("--to", type=int, required=True, help="instance to move to")
     migrate.add_argument("--mode", choices=[m.value for m in MigrationMode], default=MigrationMode.LIVE.value)
     migrate.set_defaults(run=_migrate)
+    explain = commands.add_parser("explain", help="show why a request is where it is, or went where it did")
+    explain.add_argument("request", help="its id or the beginning of it, as `arriero status` shows it; may have ended")
+    explain.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    explain.set_defaults(run=_explain)
     drain = commands.add_parser("drain", help="move everything away from an instance, then end it")
     drain.add_argument("instance", type=int, help="its id, as `arriero status` shows it")
     drain.add_argument("--force", action="store_true", help="also the last instance that takes requests")
@@ -115,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     simulation.add_parser(commands)
     parity.add_parser(commands)
     sweep.add_parser(commands)
-    for command in (status, migrate, drain, restart):
+    for command in (status, migrate, explain, drain, restart):
         command.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
         command.add_argument("--api-key", default=None, help="the server's API key, if it wants one")
     return parser
@@ -242,6 +246,24 @@ def _migrate(args: argparse.Namespace) -> int:
         else:
             print(f"{what} not moved: {report['reason']}; it runs on at {report['source']}")
     return 0 if answer["ok"] else 1
+
+
+def _explain(args: argparse.Namespace) -> int:
+    try:
+        answer = _call(args, "GET", f"/requests/{quote(args.request, safe='')}/explain", shows="requests")
+    except _Failed as error:
+        sys.stderr.write(f"arriero explain: {error}\n")
+        return 1
+    if args.json:
+        print(json.dumps(answer, indent=2))
+        return 0
+    for request in answer["requests"]:
+        print(f"{request['client_id'] or request['id']}: {request['now']}")
+        for step in request["steps"]:
+            print(f"  {step['at_s']:10.3f} s  {step['what']}")
+        if request["num_left_out"]:
+            print(f"  ({request['num_left_out']} events in the middle are not remembered)")
+    return 0
 
 
 def _drain(args: argparse.Namespace) -> int:

@@ -23,6 +23,8 @@ class Dispatch:
     request_id: RequestId
     instance: InstanceId
     reason: str
+    alternatives: tuple[tuple[InstanceId, float, int], ...] = ()
+    """All candidates with freeness and outstanding requests, as they were; empty where that is a long list."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

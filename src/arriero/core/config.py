@@ -210,6 +210,18 @@ class EventLogConfig:
         _require(self.max_pending_bytes > 0, "max_pending_bytes", self.max_pending_bytes, "more than 0 bytes")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryConfig:
+    """How much a server remembers to explain what happened to requests."""
+
+    ended_requests: int = 1000  #: the last so many
+    events_per_request: int = 64
+
+    def __post_init__(self) -> None:
+        _require(self.ended_requests >= 0, "ended_requests", self.ended_requests, "0 or more")
+        _require(self.events_per_request >= 1, "events_per_request", self.events_per_request, "1 or more")
+
+
 class QueueTerm(StrEnum):
     """Which waiting requests count in an instance's load."""
 

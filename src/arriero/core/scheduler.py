@@ -24,6 +24,9 @@ from arriero.core.scaling import Scaler
 from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, InstanceState, RequestId
 from arriero.core.view import ClusterView
 
+MAX_ALTERNATIVES = 16
+"""Candidates up to which a dispatch says how each of them stood."""
+
 
 class GlobalScheduler:
     """Dispatch, queueing and rebalancing over the instances that have joined."""
@@ -195,8 +198,16 @@ class GlobalScheduler:
     def _dispatch(self, request: Dispatchable, instance: InstanceId, commands: list[Command]) -> None:
         self._queue.remove(request.request_id)
         reason = f"{self.config.dispatch_policy}: freeness {self.view.freeness(instance):.1f}"
-        commands.append(Dispatch(request_id=request.request_id, instance=instance, reason=reason))
+        shown = self._standings()
+        commands.append(Dispatch(request_id=request.request_id, instance=instance, reason=reason, alternatives=shown))
         self.view.sent(request, instance)
+
+    def _standings(self) -> tuple[tuple[InstanceId, float, int], ...]:
+        """See :attr:`Dispatch.alternatives`: a dispatch must not become slower with each instance more."""
+        view, ledger = self.view, self.view.ledger
+        if len(view.candidates) > MAX_ALTERNATIVES:
+            return ()
+        return tuple((i, view.freeness(i), ledger.num_outstanding(i)) for i in view.candidates)
 
     def _choose(self, request: Dispatchable, now: float, commands: list[Command]) -> InstanceId:
         view = self.view

@@ -69,6 +69,14 @@ def _router(cluster: Cluster, api_keys: list[str]) -> APIRouter:
         """Every request that has not ended: where it runs, how far it is, how often it moved."""
         return cluster.describe_requests()
 
+    @router.get("/requests/{request_id:path}/explain")
+    async def explain(request_id: str) -> dict[str, Any]:
+        """Why a request (each of its sequences) is where it is: dispatches, moves and preemptions with their reasons.
+
+        Also of the last requests that ended. 404 if nothing is known of it.
+        """
+        return {"requests": cluster.explain(request_id)}
+
     @router.get("/events")
     async def events(after: int = 0, limit: int = 100) -> list[dict[str, Any]]:
         """The latest dispatches, migrations and changes of instances."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from arriero.core.commands import Command, Reject, RejectKind
-from arriero.core.config import MigrationConfig, RecoveryConfig, SchedulerConfig
+from arriero.core.config import HistoryConfig, MigrationConfig, RecoveryConfig, SchedulerConfig
 from arriero.core.errors import (
     ArrieroError,
     ConfigError,
@@ -33,6 +33,7 @@ from arriero.core.types import (
 )
 from arriero.frontend.describe import describe_instances, describe_requests
 from arriero.frontend.drains import DrainReport, Drains
+from arriero.frontend.explain import explain, newly_preempted
 from arriero.frontend.instances import Instance, Instances, MakeSpec, Progress
 from arriero.frontend.joining import Membership
 from arriero.frontend.lifecycle import Lifecycle
@@ -47,6 +48,7 @@ from arriero.frontend.shutdown import Shutdown
 from arriero.launch.port import Launcher
 from arriero.observe.decisions import make_scheduler
 from arriero.observe.events import EventLog
+from arriero.observe.histories import Histories
 from arriero.observe.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class Cluster:
         scheduler: SchedulerConfig,
         migration: MigrationConfig,
         recovery: RecoveryConfig,
+        history: HistoryConfig = HistoryConfig(),  # noqa: B008 - frozen
         deliver: Callable[[Any], None] = lambda outputs: None,
         progress: Progress = lambda line: None,
         max_surge: Callable[[], int] = lambda: 1,
@@ -79,6 +82,8 @@ class Cluster:
         self.clock = clock
         self.respec = respec  #: how instances are launched with flags added; raises ConfigError
         self.events = events or EventLog(clock)
+        self.histories = Histories(history)
+        self.events.listen(self.histories.add)
         self.scheduler = make_scheduler(scheduler, self.events)
         self._orders = Orders(self)
         self.requests = RequestTable()
@@ -207,11 +212,22 @@ class Cluster:
         refused = next((c for c in commands if isinstance(c, Reject) and c.request_id == facts.request_id), None)
         if refused is not None:
             commands.remove(refused)
+            self.events.emit(
+                "reject",
+                request=facts.request_id,
+                client_id=external_id,
+                kind=refused.kind.value,
+                reason=refused.reason,
+            )
             self.end(facts.request_id, refused.kind.value)
         self._orders.carry_out(commands)
         self.metrics.dispatch_seconds.observe(self.clock() - started)
         if refused is not None:
             raise _error_of(refused)
+        if self.route_of(facts.request_id) is None:
+            self.events.emit(
+                "queue", request=facts.request_id, client_id=external_id, num_queued=self.scheduler.num_queued
+            )
 
     def route_of(self, request_id: RequestId) -> InstanceId | None:
         """The instance that a live request runs on; None: it waits for one."""
@@ -276,6 +292,8 @@ class Cluster:
         self.lifecycle.watchdog.heard(snapshot.instance)
         self.instances.on_snapshot(snapshot.instance)
         self.pace.clock_read(snapshot.instance, snapshot.time_s, self.clock())
+        for request_id in newly_preempted(self.scheduler.snapshot_of(snapshot.instance), snapshot):
+            self.events.emit("preempt", request=request_id, instance=snapshot.instance)
         self._orders.carry_out(self.scheduler.snapshot(snapshot, self.clock()))
 
     def on_outputs(self, outputs: Any) -> None:
@@ -295,6 +313,9 @@ class Cluster:
                 request.tokens.extend(output.new_token_ids)
                 if request.pause_since_s is not None:
                     self.moves.went_on(request, now)
+                elif not request.last_token_s:
+                    ttft_s = now - request.arrived_s
+                    self.events.emit("first_token", request=request.request_id, instance=instance, ttft_s=ttft_s)
                 request.last_token_s = now
                 self.replays.produced(request.request_id, len(output.new_token_ids))
             if output.finish_reason is not None:
@@ -407,6 +428,10 @@ class Cluster:
     def describe_requests(self) -> list[dict[str, Any]]:
         """For ``GET /requests``."""
         return describe_requests(self.requests, self.instances, self.scheduler, self.migrations, self.clock())
+
+    def explain(self, name: str) -> list[dict[str, Any]]:
+        """For ``GET /requests/{id}/explain``. Raises NotFoundError or ConflictError."""
+        return explain(name, self.histories, self.requests, self.scheduler)
 
     def check_integrity(self) -> None:
         """Raise ProtocolError if a request is routed to an instance that is not there."""

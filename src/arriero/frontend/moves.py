@@ -80,6 +80,7 @@ class Moves:
         report = self._pauses.pop(request.request_id, None)
         if report is not None:
             report.pause_s = pause
+            self._events.emit("resume", request=request.request_id, instance=request.route, pause_s=pause)
             self._metrics.migration_pause_seconds.observe(pause)
 
     def forget(self, request_id: RequestId) -> None:

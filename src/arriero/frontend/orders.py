@@ -13,6 +13,7 @@ from arriero.core.errors import ArrieroError, LaunchError, UnavailableError
 from arriero.core.scheduler import GlobalScheduler
 from arriero.core.types import RequestId
 from arriero.frontend.drains import Drains
+from arriero.frontend.explain import alternatives_of
 from arriero.frontend.instances import Instances
 from arriero.frontend.links import InstanceLinks
 from arriero.frontend.moves import Moves
@@ -94,8 +95,10 @@ class Orders:
         self._own.events.emit(
             "dispatch",
             request=command.request_id,
+            client_id=request.external_id,
             instance=command.instance,
             reason=command.reason,
+            alternatives=alternatives_of(command),
             arrival_s=request.arrived_s,
             prompt_tokens=request.facts.num_prompt_tokens,
             max_tokens=request.facts.max_tokens,

@@ -7,7 +7,7 @@ message a request can be continued on any instance, and no token is delivered tw
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,19 +69,28 @@ class RequestTable:
         """Requests called ``name``: the internal id, the id that the client knows (with n > 1 several sequences
         share it), or the beginning of one client's id. Raises NotFoundError, or ConflictError if that is ambiguous.
         """
-        exact = self._requests.get(name)
-        if exact is not None:
-            return [exact]
-        found = [r for r in self._requests.values() if name in _client_ids(r.external_id)]
-        if not found and (beginning := name.rstrip("…")):
-            found = [r for r in self._requests.values() if _client_ids(r.external_id)[-1].startswith(beginning)]
-            if len({_client_ids(r.external_id)[-1] for r in found}) > 1:
-                raise ConflictError(f"{len(found)} requests begin with {name!r}: give more of the id")
+        found = find_ids(name, {r.request_id: r.external_id for r in self._requests.values()})
         if not found:
             raise NotFoundError(
                 f"request {name!r} is not running: it has ended, or the id is wrong (see GET /requests)"
             )
-        return found
+        return [self._requests[request_id] for request_id in found]
+
+
+def find_ids(name: str, external_ids: Mapping[RequestId, str]) -> list[RequestId]:
+    """Those of the requests (internal id -> external id) that :meth:`RequestTable.find` means by ``name``.
+
+    Raises ConflictError if ``name`` begins several clients' ids.
+    """
+    if name in external_ids:
+        return [name]
+    clients = {request_id: _client_ids(external) for request_id, external in external_ids.items()}
+    found = [request_id for request_id, ids in clients.items() if name in ids]
+    if not found and (beginning := name.rstrip("…")):
+        found = [request_id for request_id, ids in clients.items() if ids[-1].startswith(beginning)]
+        if len({clients[request_id][-1] for request_id in found}) > 1:
+            raise ConflictError(f"{len(found)} requests begin with {name!r}: give more of the id")
+    return found
 
 
 def _client_ids(external_id: str) -> tuple[str, str, str]:

@@ -4,7 +4,8 @@ import { badge, element, setText } from "./element.js";
 import { bytes, clock, count, milliseconds, requestName } from "./format.js";
 
 const KEEP = 200; // lines of a kind
-const KINDS = { migration: "moves", dispatch: "requests", finish: "requests" };
+const KINDS = { migration: "moves", dispatch: "requests", finish: "requests", reject: "requests",
+  queue: "requests", first_token: "requests", preempt: "requests", resume: "requests" };
 const NAMES = { migration: "move", instance_ready: "ready", instance_lost: "lost" };
 const GENERAL = new Set(["seq", "time_s", "event"]);
 
