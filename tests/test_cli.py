@@ -263,6 +263,11 @@ def test_a_policy_is_a_set_of_rules_of_which_flags_change_parts(arguments: Any, 
     assert (scaling.min_instances, scaling.max_instances) == (1, 4)
 
 
+def test_priorities_count_inside_an_instance_unless_the_user_wants_otherwise(arguments: Any, model: str) -> None:
+    assert arguments.parse([model])[0].scheduling_policy == "priority"
+    assert arguments.parse([model, "--scheduling-policy", "fcfs"])[0].scheduling_policy == "fcfs"
+
+
 def test_a_path_in_the_home_folder_is_found(arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").mkdir()
@@ -532,6 +537,46 @@ def test_the_key_goes_to_the_server(server: StubServer, printed: Any, command: l
     server.json("/requests/r/migrate", {"ok": True, "migrations": []})
     assert run(*command, "--url", server.url, "--api-key", "key") == 0
     assert {asked.authorization for asked in server.asked} == {"Bearer key"}
+
+
+# ---------------------------------------------------------------------- explaining
+
+
+EXPLAINED = {
+    "id": "chatcmpl-9-1b2d",
+    "client_id": "chatcmpl-9",
+    "instance": 1,
+    "now": "decodes on instance 1, beside 3 others",
+    "steps": [
+        {"at_s": 0.0, "event": "dispatch", "what": "goes to instance 0 (freeness)"},
+        {"at_s": 1.25, "event": "migration", "what": "moved from instance 0 to 1"},
+    ],
+    "num_left_out": 0,
+}
+
+
+def test_explain_tells_each_step_with_its_time(server: StubServer, printed: Any) -> None:
+    server.json("/requests/chatcmpl%2F9/explain", {"requests": [EXPLAINED, {**EXPLAINED, "num_left_out": 7}]})
+    assert run("explain", "chatcmpl/9", "--url", server.url) == 0
+    lines = printed().out.splitlines()
+    assert lines[:3] == [
+        "chatcmpl-9: decodes on instance 1, beside 3 others",
+        "       0.000 s  goes to instance 0 (freeness)",
+        "       1.250 s  moved from instance 0 to 1",
+    ]
+    assert lines[-1] == "  (7 events in the middle are not remembered)"
+
+
+def test_explain_as_json_is_for_programs(server: StubServer, printed: Any) -> None:
+    server.json("/requests/r/explain", {"requests": [EXPLAINED]})
+    assert run("explain", "r", "--json", "--url", server.url) == 0
+    assert json.loads(printed().out) == {"requests": [EXPLAINED]}
+
+
+def test_explain_says_that_nothing_is_known(server: StubServer, printed: Any) -> None:
+    server.json("/requests/r/explain", {"error": {"message": "nothing is known of request 'r'"}}, 404)
+    assert run("explain", "r", "--url", server.url) == 1
+    assert printed().err == "arriero explain: nothing is known of request 'r'\n"
 
 
 # ---------------------------------------------------------------------- draining and restarting

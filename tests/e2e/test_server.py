@@ -193,8 +193,27 @@ def test_moves_that_cannot_be_are_refused_in_openais_shape(server: Server) -> No
 # ---------------------------------------------------------------------- looking
 
 
+def test_a_request_is_explained_while_it_runs_and_after_its_end(server: Server) -> None:
+    with client(server, max_tokens=300, priority=-1) as stream:
+        (request,) = server.requests()
+        assert request["priority"] == -1
+        here = request["instance"]
+        assert server.command("migrate", stream.request_id, "--to", str(1 - here)).returncode == 0
+        said = server.command("explain", stream.request_id)
+        assert (said.returncode, said.stderr) == (0, "")
+        assert f"goes to instance {here} (" in said.stdout
+        assert f"moved from instance {here} to {1 - here}, live (on demand)" in said.stdout
+    stream.assert_exact(None, 300)
+    (explained,) = server.get(f"/requests/{stream.request_id}/explain").json()["requests"]
+    assert explained["now"] == "ended"
+    assert explained["steps"][-1]["what"] == "ended (length) with 300 tokens"
+    answer = server.get("/requests/nobody/explain")
+    assert answer.status_code == 404
+    assert "nothing is known of request 'nobody'" in answer.json()["error"]["message"]
+
+
 def test_without_the_key_nothing_is_told_and_nothing_moves(server: Server) -> None:
-    for path in ("/instances", "/requests", "/events", "/arriero/check", "/v1/models"):
+    for path in ("/instances", "/requests", "/requests/any/explain", "/events", "/arriero/check", "/v1/models"):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}):
             assert server.get(path, headers=headers).status_code == 401, path
     assert server.post("/requests/any/migrate", {"to": 1}, headers={}).status_code == 401

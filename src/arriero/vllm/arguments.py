@@ -162,7 +162,10 @@ def make_parser(kind: type[FlexibleArgumentParser] = OneLineParser) -> FlexibleA
     group.add_argument(
         "--no-pin", dest="pin_cores", action="store_false", help="do not pin CPU instances to cores of their own"
     )
-    return make_arg_parser(parser)
+    made = make_arg_parser(parser)
+    # A request's priority counts without a flag. Among equals it is first come, first served, as under vLLM's default.
+    made.set_defaults(scheduling_policy="priority")
+    return made
 
 
 def parse(

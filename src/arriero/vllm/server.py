@@ -136,6 +136,7 @@ class InstanceSpecs:
         self._world_size = vllm_config.parallel_config.world_size
         self._executor_class = Executor.get_class(vllm_config)
         self._max_model_len = vllm_config.model_config.max_model_len
+        self._by_priority = vllm_config.scheduler_config.policy == "priority"
         self._max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self._vocab_size = vllm_config.model_config.get_vocab_size()
         self._shm_prefix = f"{SHM_PREFIX}-{os.getpid()}"
@@ -190,6 +191,7 @@ class InstanceSpecs:
                 "max_model_len": self._max_model_len,
                 "max_num_seqs": self._max_num_seqs,
                 "vocab_size": self._vocab_size,
+                "priority_scheduling": self._by_priority,
             },
             "migration": options.migration,
             "copy": options.copy,

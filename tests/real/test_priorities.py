@@ -1,0 +1,69 @@
+"""Priorities on two real engines: who is urgent overtakes the line; and all that was decided can be repeated."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from arriero.observe.parity import replay
+
+from .conftest import Engines
+from .test_live_migration import sampling
+
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
+
+FOLDER = tempfile.TemporaryDirectory(prefix="arriero-real-")
+LOG = Path(FOLDER.name) / "events.jsonl"
+ENGINE_FLAGS = ("--max-num-seqs", "2", "--event-log", str(LOG), "--event-log-level", "full")
+
+
+async def generate(engines: Engines, name: str, priority: int, started: list[str], max_tokens: int) -> int:
+    """The tokens that came; ``started`` hears of the first."""
+    num_tokens = 0
+    prompt = {"prompt_token_ids": engines.prompt(100, offset=7 * len(name))}
+    params = sampling(max_tokens=max_tokens, ignore_eos=True)
+    async for output in engines.llm.generate(prompt, params, name, priority=priority):
+        if not num_tokens:
+            started.append(name)
+        num_tokens += len(output.outputs[0].token_ids)
+    return num_tokens
+
+
+async def test_an_urgent_request_starts_before_those_that_came_first(engines: Engines) -> None:
+    """Two engines with two places each are full; two normal requests wait; then comes an urgent one."""
+    started: list[str] = []
+    running = [asyncio.create_task(generate(engines, f"running-{i}", 0, started, 150 + i)) for i in range(4)]
+    while len(started) < 4:
+        await asyncio.sleep(0.01)
+    waiting = [asyncio.create_task(generate(engines, f"waiting-{i}", 0, started, 20)) for i in range(2)]
+    while len(engines.cluster.requests) < 6:
+        await asyncio.sleep(0.01)
+    urgent = asyncio.create_task(generate(engines, "urgent", -1, started, 20))
+    assert await asyncio.gather(*running, *waiting, urgent) == [150, 151, 152, 153, 20, 20, 20]
+    assert started[4] == "urgent"
+    (explained,) = engines.cluster.explain("urgent")
+    assert [s["event"] for s in explained["steps"]][-3:] == ["dispatch", "first_token", "finish"]
+
+
+async def test_what_the_scheduler_decided_over_real_engines_is_decided_alike_when_replayed(engines: Engines) -> None:
+    """All that the test above has brought about, and a move."""
+    task = asyncio.create_task(generate(engines, "moved", 0, [], 80))
+    while not any(r.tokens for r in engines.cluster.requests):
+        await asyncio.sleep(0.01)
+    (request,) = engines.cluster.requests
+    assert request.route is not None
+    report = await engines.cluster.migrate(request.request_id, 1 - request.route)
+    assert await task == 80
+    assert report.ok, report.reason
+    await engines.assert_no_leaks()
+    while b'"on":"migration_ended"' not in LOG.read_bytes():  # it is written by a thread
+        await asyncio.sleep(0.05)
+    whole = LOG.read_bytes()
+    (copy := LOG.with_suffix(".copy")).write_bytes(whole[: whole.rindex(b"\n") + 1])
+    result = replay(copy)
+    assert result.difference is None, str(result)
+    assert result.num_events > 100
+    assert result.num_commands >= 8
