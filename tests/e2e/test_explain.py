@@ -26,7 +26,7 @@ def steps(explained: dict[str, Any]) -> list[str]:
 
 
 async def test_a_move_on_demand_is_told_from_dispatch_to_end(fleet: Fleet) -> None:
-    stream = fleet.submit(40, 80, at=0)
+    stream = fleet.submit(40, 200, at=0)
     await fleet.at_least(5, stream)
     await fleet.move(stream, 1)
     await fleet.until(lambda: "resume" in steps(only(fleet, stream.id)))
@@ -43,7 +43,7 @@ async def test_a_move_on_demand_is_told_from_dispatch_to_end(fleet: Fleet) -> No
     assert "not to 1 (freeness " in dispatch["what"]
     assert move["what"].startswith("moved from instance 0 to 1, live (on demand): ")
     assert resume["what"].startswith("goes on at instance 1: its stream was silent for ")
-    assert finish["what"] == "ended (length) with 80 tokens"
+    assert finish["what"] == "ended (length) with 200 tokens"
     times = [step["at_s"] for step in explained["steps"]]
     assert times == sorted(times)
 
@@ -82,6 +82,6 @@ async def test_a_request_is_found_by_the_names_that_its_client_may_use(fleet: Fl
     assert only(fleet, "inner-1")["client_id"] == "1_cmpl-7e2f-0"
     with pytest.raises(NotFoundError, match="nothing is known of request 'cmpl-8'"):
         fleet.cluster.explain("cmpl-8")
-    fleet.submit_request(SimRequest("cmpl-70", prompt(20), 5))
+    fleet.submit_request(SimRequest("cmpl-70-0", prompt(20), 5))
     with pytest.raises(ConflictError, match="requests begin with 'cmpl-7'"):
         fleet.cluster.explain("cmpl-7")

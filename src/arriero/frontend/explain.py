@@ -23,7 +23,8 @@ def explain(
 
     Raises NotFoundError if nothing is known of it (any more), ConflictError if ``name`` begins several ids.
     """
-    found = find_ids(name, histories.client_ids())
+    client_ids = histories.client_ids()
+    found = sorted(find_ids(name, client_ids), key=lambda request_id: (client_ids[request_id], request_id))
     if not found:
         raise NotFoundError(
             f"nothing is known of request {name!r}: it ended too long ago, or the id is wrong (see GET /requests)"
