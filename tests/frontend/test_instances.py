@@ -310,3 +310,15 @@ async def test_an_instance_that_serves_cannot_be_made_another_by_a_second_first_
     world.instances.on_ready(record.instance_id, b"another payload")
     assert record.ready_payload == b"payload"
     assert world.launcher.killed == []
+
+
+async def test_one_that_is_told_to_end_and_has_to_be_killed_has_ended_all_the_same(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    await world.ready()
+    ended = world.instances.end(0)
+    world.instances.kill(0, "it is empty")
+    world.instances.on_exit(0, -9)
+    assert await ended == -9
+    assert ([i.instance_id for i in world.left], world.lost, caplog.text) == ([0], [], "")
+    assert "instance 0: killed: it is empty" in world.lines

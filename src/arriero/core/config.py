@@ -128,7 +128,7 @@ class DrainConfig:
     max_tries: int = 2  #: to move a request with its KV cache; then without
     patience_s: float = 2.0  #: a request that finds no room moves without its KV cache after that
     timeout_s: float = 300.0  #: what runs there after that is lost to it as if the instance had died
-    end_s: float = 15.0  #: from the order to end until the process is killed
+    end_s: float = 2.5  #: from the order to end until the process, which is empty, is killed
 
     def __post_init__(self) -> None:
         _require(self.max_moves >= 1, "max_moves", self.max_moves, "1 or more")

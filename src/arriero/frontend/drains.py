@@ -112,7 +112,7 @@ class Drains:
         drain.report.emptied_s = self._clock() - drain.started_s
         drain.timer.cancel()
         drain.timer = asyncio.get_running_loop().call_later(
-            self._config.end_s, self._instances.kill, instance, "did not end when it was told to"
+            self._config.end_s, self._instances.kill, instance, "it is empty and does not end by itself"
         )
         self._instances.end(instance)
 

@@ -157,9 +157,13 @@ class Instances:
         return self._ends[instance]
 
     def kill(self, instance: InstanceId, why: str) -> None:
-        """Kill it; what follows is the same as if it had died by itself."""
-        logger.error("instance %d is killed: %s", instance, why)
-        self[instance].stage = why
+        """Kill it; what follows is the same as if it had died by itself, or ended if it was told to."""
+        record = self[instance]
+        if record.is_ending:
+            self._progress(f"instance {instance}: killed: {why}")
+        else:
+            logger.error("instance %d is killed: %s", instance, why)
+        record.stage = why
         self._launcher.kill(instance)
 
     def close(self, timeout_s: float) -> None:
