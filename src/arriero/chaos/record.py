@@ -4,7 +4,7 @@
     scoreboard   the same faults for arriero on simulated engines, and for vllm-router before two test servers
     real         SIGKILLs at random moments on two real engines in float32, under every kind of request
 
-Parts (`--parts`) can be run one by one; each replaces its own figures in the file and leaves the others.
+Parts (`--parts`), slices of the storm, systems and seeds can be run one by one: their figures add up in the file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from arriero.bench.client import Client, percentile, poll
 from arriero.bench.report import Target
 from arriero.bench.server import Server, add_server_options, arriero_command, common_flags, log_file, model_of, say
 from arriero.bench.soak import IDLE_TIMEOUT_S, leaks_in, percent
-from arriero.bench.systems import ROUTER_BIN
+from arriero.bench.systems import ARRIERO, ROUTER, ROUTER_BIN
 from arriero.chaos.cli import Options, carry_out, first_details, free_ports, routed, running
 from arriero.chaos.points import Fault, plan
 from arriero.chaos.run import Result
@@ -36,6 +36,7 @@ from arriero.chaos.slow_pipe import SlowPipe
 from arriero.chaos.storm import Outcome, Storm, stormy_fleet
 from arriero.core.errors import ArrieroError, ConfigError
 
+SYSTEMS = (ARRIERO, f"{ROUTER}round_robin", f"{ROUTER}cache_aware")
 MIN_STRIKES = 500
 MIN_KILLS = 10
 RESULT = Path("results") / "chaos.json"
@@ -46,19 +47,21 @@ Part = dict[str, Any]
 
 
 def storm(args: argparse.Namespace) -> Part:
-    """Strike the protocol at every point."""
+    """Strike the protocol at every point; or at every N-th of the planned ones, with the slice I/N."""
     rng = random.Random(args.seed)
-    strikes = list(plan(args.strikes, rng))
+    index, num_slices = (int(n) for n in args.slice.split("/"))
+    strikes = list(plan(args.strikes, rng))[index - 1 :: num_slices]
 
     async def run() -> Outcome:
         async with stormy_fleet() as fleet:
             return await Storm(fleet, rng, say).run(strikes)
 
     outcome = asyncio.run(run())
-    return {
-        "summary": storm_rows(outcome),
-        "targets": storm_targets(outcome),
+    found = {
+        "slice": args.slice,
+        "seed": args.seed,
         "violations": outcome.violations[:100],
+        "num_violations": len(outcome.violations),
         "deaths": outcome.num_deaths,
         "streams": outcome.num_streams,
         "tokens": outcome.num_tokens,
@@ -66,35 +69,45 @@ def storm(args: argparse.Namespace) -> Part:
         "seconds": round(outcome.seconds, 1),
         "samples": [record.as_dict() for record in outcome.records],
     }
+    return {"runs": [found]}
 
 
-def storm_rows(outcome: Outcome) -> list[dict[str, Any]]:
+def summarise_storm(runs: Sequence[dict[str, Any]]) -> Part:
+    """All slices together."""
+    samples = [sample for run in runs for sample in run["samples"]]
+    reached = sum(s["reached"] for s in samples)
+    return {
+        "runs": list(runs),
+        "summary": storm_rows(samples),
+        "targets": [
+            Target.at_least("storm: faults at points of the protocol", reached, MIN_STRIKES),
+            Target.at_most("storm: faults whose point no move came to", len(samples) - reached, 0),
+            Target.at_most(
+                "storm: tokens or streams lost, doubled or wrong; anything leaked",
+                sum(run["num_violations"] for run in runs),
+                0,
+            ),
+        ],
+    }
+
+
+def storm_rows(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each fault."""
     rows = []
     for fault in Fault:
-        here = [r for r in outcome.records if r.strike.fault is fault]
-        felt = [s for r in here for s in r.recovery_s]
+        here = [s for s in samples if s["fault"] == fault and s["reached"]]
+        felt = [seconds for s in here for seconds in s["recovery_s"]]
         rows.append(
             {
                 "fault": fault.value,
-                "strikes": sum(r.reached for r in here),
-                "points": len({(r.strike.op, r.strike.side) for r in here if r.reached}),
-                "streams struck": sum(r.num_affected for r in here),
+                "strikes": len(here),
+                "points": len({(s["op"], s["side"]) for s in here}),
+                "streams struck": sum(s["affected"] for s in here),
                 "next token after, P50 s": percentile(felt, 50.0),
                 "P99 s": percentile(felt, 99.0),
             }
         )
     return [row for row in rows if row["strikes"]]
-
-
-def storm_targets(outcome: Outcome) -> list[Target]:
-    """What the issue asks."""
-    reached = sum(r.reached for r in outcome.records)
-    return [
-        Target.at_least("storm: faults at points of the protocol", reached, MIN_STRIKES),
-        Target.at_most("storm: faults whose point no move came to", len(outcome.records) - reached, 0),
-        Target.at_most("storm: tokens or streams lost, doubled or wrong; anything leaked", len(outcome.violations), 0),
-    ]
 
 
 # ---------------------------------------------------------------------- the scoreboard
@@ -105,16 +118,24 @@ def scoreboard(args: argparse.Namespace) -> Part:
     script = random_script(args.faults, duration_s=args.duration, rng=random.Random(args.seed))
     options = Options(seed=args.seed, concurrency=args.concurrency)
     results = [
-        arriero_on_sim(args, script, options),
-        *[router(policy, args, script, options) for policy in args.policies],
+        arriero_on_sim(args, script, options)
+        if system == ARRIERO
+        else router(system.removeprefix(ROUTER), args, script, options)
+        for system in args.systems
     ]
-    ours = Counter(o.verdict for o in results[0].outcomes)
-    whole = percent(ours[Verdict.WHOLE], len(results[0].outcomes))
     return {
-        "summary": upright([r.row() for r in results]),
+        "runs": [{**r.as_dict(), "seed": args.seed, "row": r.row(), "details": first_details(r)} for r in results],
+    }
+
+
+def summarise_scoreboard(runs: Sequence[dict[str, Any]]) -> Part:
+    """All systems side by side."""
+    ours = [s["verdict"] for run in runs if run["system"] == ARRIERO for s in run["streams"]]
+    whole = percent(ours.count(Verdict.WHOLE), len(ours))
+    return {
+        "runs": list(runs),
+        "summary": upright([run["row"] for run in sorted(runs, key=lambda run: str(run["system"]))]),
         "targets": [Target.at_least("scoreboard: arriero's streams that came whole and equal, %", whole, 100.0)],
-        "details": {r.system: first_details(r) for r in results},
-        "samples": [r.as_dict() for r in results],
     }
 
 
@@ -151,7 +172,7 @@ def router(policy: str, args: argparse.Namespace, script: Script, options: Optio
             return await carry_out(system, script, options, random.Random(args.seed))
 
     result = asyncio.run(run())
-    return Result(f"{result.system} {policy}", result.faults, result.outcomes)
+    return Result(f"{ROUTER}{policy}", result.faults, result.outcomes)
 
 
 # ---------------------------------------------------------------------- real engines
@@ -239,13 +260,23 @@ def earlier_parts() -> dict[str, Part]:
         return {}
 
 
-def merge(name: str, part: Part, earlier: Part | None) -> Part:
-    """Runs on real engines add up, one for each seed; other parts replace what was there."""
-    if name != "real":
-        return part
-    seeds = {run["seed"] for run in part["runs"]}
-    kept = [run for run in (earlier or {}).get("runs", []) if run["seed"] not in seeds]
-    return summarise_real([*kept, *part["runs"]])
+SUMMARIES: dict[str, Callable[[Sequence[dict[str, Any]]], Part]] = {
+    "storm": summarise_storm,
+    "scoreboard": summarise_scoreboard,
+    "real": summarise_real,
+}
+"""Runs add up, one for each seed, slice and system."""
+
+
+def merge(name: str, runs: Sequence[dict[str, Any]], earlier: Part | None) -> Part:
+    """New runs with those that the file holds, but for the ones that they replace."""
+    new = {_key(run) for run in runs}
+    kept = [run for run in (earlier or {}).get("runs", []) if _key(run) not in new]
+    return SUMMARIES[name]([*kept, *runs])
+
+
+def _key(run: dict[str, Any]) -> tuple[Any, ...]:
+    return run["seed"], run.get("slice"), run.get("system")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -259,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--faults", default="kill=6,stop=3,cut=2,corrupt=2,slow_disk=1", help="of the scoreboard (%(default)s)"
     )
-    parser.add_argument("--policies", nargs="*", default=["round_robin", "cache_aware"], help="of vllm-router")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="of the scoreboard")
     parser.add_argument("--kills", type=int, default=MIN_KILLS, help="of real engines (default: %(default)s)")
     parser.add_argument("--real-seconds", type=float, default=420.0, help="of load on real engines (%(default)s)")
     parser.add_argument("--concurrency", type=int, default=8, help="(default: %(default)s)")
@@ -275,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for name in args.parts:
             say(f"chaos: {name}")
-            part = merge(name, PARTS[name](args), parts.get(name))
+            part = merge(name, PARTS[name](args)["runs"], parts.get(name))
             command = " ".join(["make chaos", f'ARGS="{" ".join(argv if argv is not None else sys.argv[1:])}"'])
             parts[name] = {**part, "command": command, **report.environment()}
             report.print_table(TITLES[name], part["summary"], part["targets"])
