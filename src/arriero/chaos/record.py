@@ -164,7 +164,8 @@ def router(policy: str, args: argparse.Namespace, script: Script, options: Optio
         raise ConfigError(f"there is no {ROUTER_BIN}: run `make peers` first, it installs vllm-router")
     command = (
         f"{ROUTER_BIN} --worker-urls {{urls}} --host 127.0.0.1 --port {{port}} --prometheus-port {{metrics_port}} "
-        f"--policy {policy} --worker-startup-check-interval 1 --health-check-interval-secs 1"
+        f"--policy {policy} --worker-startup-check-interval 1 --health-check-interval-secs 1 "
+        "--cb-timeout-duration-secs 1"  # by default a worker that failed is left out for long after it is back
     )
 
     async def run() -> Result:
@@ -283,6 +284,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--slice", default="1/1", metavar="I/N", help="of the storm: every N-th strike, from the I-th on"
+    )
     parser.add_argument("--strikes", type=int, default=600, help="of the storm (default: %(default)s)")
     parser.add_argument(
         "--duration", type=float, default=60.0, help="s of the scoreboard's load (default: %(default)s)"
