@@ -173,3 +173,8 @@ def test_other_modes_are_shown_but_promise_nothing() -> None:
 def test_a_line_of_progress() -> None:
     assert describe(sample("idle", 256)).endswith("gap 24.0 ms = 1.20 x 20.0 ms")
     assert describe({**sample("idle", 256), "ok": False, "reason": "timeout"}).endswith("failed: timeout")
+
+
+def test_a_neighbour_whose_tokens_came_in_bursts_is_no_measure() -> None:
+    bursts = [Chunk(t, 1) for t in (1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.1)]
+    assert slowdowns(bursts, 0.0, 2.0, 3.0) == []

@@ -235,6 +235,8 @@ def seen_by_client(chunks: Sequence[Chunk], first: int, started_s: float) -> dic
 def slowdowns(chunks: Sequence[Chunk], since_s: float, started_s: float, ended_s: float) -> list[float]:
     """A neighbour's inter-token times in ``(started_s, ended_s]``, each over its median in ``(since_s, started_s]``."""
     before_s = median(intervals(chunks, since_s, started_s))
+    if before_s == 0:  # more than half of its tokens came in bursts: the machine was not ours
+        return []
     return [interval / before_s for interval in intervals(chunks, started_s, ended_s)]
 
 

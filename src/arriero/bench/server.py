@@ -3,7 +3,7 @@
     with Server(arriero_command(model, port=8100, instances=2), port=8100, log=log_file("soak")) as server:
         ...  # server.url answers
 
-Instances live in process groups of their own, so signals go to the whole tree of processes, not to one group.
+Instances live in sessions of their own, so signals go to the whole tree of processes, not to one group.
 """
 
 from __future__ import annotations

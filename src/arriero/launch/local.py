@@ -61,7 +61,7 @@ class LocalLauncher:
                     stdin=payload,
                     env=env,
                     pass_fds=(status_write,),
-                    process_group=0,  # no session: Linux shares the cores out among sessions, then inside (autogroup)
+                    start_new_session=True,  # with a share of the cores of its own (Linux: autogroup)
                 )
             except OSError as error:
                 os.close(status_read)
