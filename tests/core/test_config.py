@@ -11,6 +11,8 @@ import pytest
 from arriero.core.config import (
     AdmissionConfig,
     CopyConfig,
+    EventLogConfig,
+    HistoryConfig,
     HttpConfig,
     LoadConfig,
     MigrationConfig,
@@ -31,6 +33,8 @@ CONFIGS: tuple[type[Any], ...] = (
     HttpConfig,
     QueueingConfig,
     ScalingConfig,
+    EventLogConfig,
+    HistoryConfig,
 )
 
 WRONG: list[tuple[type[Any], str, Any]] = [
@@ -84,6 +88,9 @@ WRONG: list[tuple[type[Any], str, Any]] = [
     (SchedulerConfig, "no_instance_timeout_s", -1.0),
     (LoadConfig, "load_targets", ((0, 0.5), (-1, 0.2))),
     (LoadConfig, "load_targets", ((0, 0.0),)),
+    (EventLogConfig, "max_pending_bytes", 0),
+    (HistoryConfig, "ended_requests", -1),
+    (HistoryConfig, "events_per_request", 0),
 ]
 
 EDGES: list[tuple[type[Any], str, float]] = [
