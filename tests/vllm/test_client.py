@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -12,16 +12,20 @@ from arriero.core.errors import UnavailableError
 
 pytest.importorskip("vllm")
 
+from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
-from arriero.vllm.client import ClusterClient
+from arriero.frontend.requests import LiveRequest
+from arriero.vllm.client import ClusterClient, facts_of
 from arriero.vllm.compat import GracefulHTTPError
 
 
 class NoInstances:
     """A cluster in which nothing is ready."""
+
+    fail: Callable[[LiveRequest, str], bool]
 
     def __init__(self) -> None:
         self.links, self.instances = self, self
@@ -37,12 +41,42 @@ class NoInstances:
         raise UnavailableError("no instance is ready")
 
 
+def pooling_request(request_id: str) -> EngineCoreRequest:
+    return EngineCoreRequest(
+        request_id=request_id,
+        external_req_id=request_id,
+        prompt_token_ids=[1, 2],
+        mm_features=None,
+        sampling_params=None,
+        pooling_params=PoolingParams(task="embed"),
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+
+
+@pytest.mark.asyncio
+async def test_a_lost_pooling_request_ends_with_an_error_that_vllms_output_handler_survives() -> None:
+    """An output without an embedding would fail an assertion there, and with it the whole server."""
+    cluster = NoInstances()
+    client = ClusterClient(None, cluster)  # type: ignore[arg-type]
+    processor = client.output_processor = OutputProcessor(tokenizer=None, log_stats=False)
+    request = pooling_request("r")
+    queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, "r")
+    processor.add_request(request, None, None, 0, queue)
+    assert cluster.fail(LiveRequest(facts_of(request), request, 0, "r", 0.0), "all instances are gone")
+    with pytest.raises(GracefulHTTPError, match="all instances are gone"):
+        await queue.get()
+    assert not processor.has_unfinished_requests()
+
+
 @pytest.mark.asyncio
 async def test_a_request_that_finds_no_instance_gets_503_and_is_forgotten_by_the_output_processor() -> None:
     """Else it would count as unfinished, against the queue's limit, for as long as the server lives."""
     processor = OutputProcessor(tokenizer=None, log_stats=False)
     client = ClusterClient(None, NoInstances())  # type: ignore[arg-type]
-    client.forget = partial(processor.abort_requests, internal=True)
+    client.output_processor = processor
     request = EngineCoreRequest(
         request_id="r",
         prompt_token_ids=[1, 2],

@@ -90,6 +90,8 @@ class Cluster:
         self.pace = StepPace()
         self.metrics = metrics or Metrics()
         self.deliver = deliver
+        self.fail: Callable[[LiveRequest, str], bool] = lambda request, reason: False
+        """May tell a client by itself that its request is lost; False: outputs that end it with an error shall."""
         self.links = links
         self.membership = Membership()
         self.instances = Instances(
@@ -417,7 +419,8 @@ class Cluster:
             return
         logger.error("request %s is lost: %s", request_id, reason)
         self._abort_where_it_runs(request)
-        self.deliver(self.links.codec.error_outputs(request.route or 0, [request_id]))
+        if not self.fail(request, reason):
+            self.deliver(self.links.codec.error_outputs(request.route or 0, [request_id]))
 
     # ------------------------------------------------------------------ what a user sees
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -12,6 +11,7 @@ from arriero.core.errors import ArrieroError
 from arriero.core.types import Dispatchable, InstanceId
 from arriero.frontend.cluster import Cluster
 from arriero.frontend.placements import current_placement
+from arriero.frontend.requests import LiveRequest
 from arriero.vllm.compat import AsyncMPClient, BackgroundResources, EngineCoreRequest, GracefulHTTPError
 
 SHUTDOWN_GRACE_S = 15.0
@@ -42,8 +42,9 @@ class ClusterClient(AsyncMPClient):
             self._apply_ready_response(instance.ready_payload)
         cluster.deliver = self._deliver
         self._loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
-        self.forget: Callable[[list[str]], Any] = lambda request_ids: None
-        """Told of requests that found no instance: vLLM's output processor has taken them before it asks here."""
+        cluster.fail = self._fail
+        self.output_processor: Any = None
+        """vLLM's, once there is one: it takes a request before it asks for an instance here."""
 
     # ------------------------------------------------------------------ requests
 
@@ -54,10 +55,10 @@ class ClusterClient(AsyncMPClient):
             name = request.external_req_id or request.request_id
             await self.cluster.admit(request, facts_of(request), name, placement.placed)
         except asyncio.CancelledError:
-            self.forget([request.request_id])
+            self._forget(request.request_id)
             raise
         except ArrieroError as error:
-            self.forget([request.request_id])
+            self._forget(request.request_id)
             placement.refused(error)
             raise GracefulHTTPError(str(error), HTTPStatus(error.status)) from error
 
@@ -65,6 +66,21 @@ class ClusterClient(AsyncMPClient):
         """The client has gone, or a stop string was found."""
         if request_ids and not self.resources.engine_dead:
             self.cluster.abort(request_ids)
+
+    def _forget(self, request_id: str) -> None:
+        self.output_processor.abort_requests([request_id], internal=True)
+
+    def _fail(self, request: LiveRequest, reason: str) -> bool:
+        """Tell the client of a pooling request that it is lost: for such ones vLLM's outputs cannot say it, and its
+        output handler would end with an assertion.
+        """
+        if request.message.pooling_params is None:
+            return False
+        state = self.output_processor.request_states.get(request.request_id)
+        if state is not None and state.queue is not None:
+            state.queue.put(GracefulHTTPError(reason, HTTPStatus.SERVICE_UNAVAILABLE))
+        self._forget(request.request_id)
+        return True
 
     def _deliver(self, outputs: Any) -> None:
         if outputs.outputs or outputs.scheduler_stats:

@@ -328,7 +328,7 @@ def make_async_llm(vllm_config: Any, cluster: Cluster, args: argparse.Namespace)
         )
     finally:
         EngineCoreClient.make_async_mp_client = original
-    llm.engine_core.forget = partial(llm.output_processor.abort_requests, internal=True)
+    llm.engine_core.output_processor = llm.output_processor
     return llm
 
 
