@@ -22,7 +22,7 @@ from arriero.core.config import MigrationConfig
 from arriero.core.messages import Answer, Copy, Load, Locate, Message, Op, Release, Reserve
 from arriero.core.migration import Abort, Command, End, Migration, Park, Replay, Route, Send
 from arriero.core.types import InstanceSnapshot, MigrationMode, Phase
-from arriero.launch.child import STATUS_FD_ENV
+from arriero.launch.child import END_SIGNAL, STATUS_FD_ENV
 from arriero.sim.process import ABORT, ADD, UTILITY
 from arriero.sim.tokens import expected_tokens
 from arriero.sim.wire import EngineCoreReadyResponse, EngineCoreRequest, SimCodec, SimRequest
@@ -92,7 +92,7 @@ class Front:
 
     def close(self) -> None:
         for process in self.processes.values():
-            process.terminate()
+            process.send_signal(END_SIGNAL)
         for process in self.processes.values():
             process.wait(WAIT_S)
         self.context.destroy(linger=0)
@@ -243,7 +243,7 @@ def test_it_says_what_it_is_and_how_far_it_is(front: Front) -> None:
     assert (ready.num_gpu_blocks, ready.block_size, ready.max_num_seqs, ready.max_model_len) == (128, 8, 5, 1024)
     snapshot = front.snapshots[3]
     assert (snapshot.num_blocks, snapshot.num_free_blocks, snapshot.requests) == (128, 128, ())
-    process.terminate()
+    process.send_signal(END_SIGNAL)
     with open(read) as status:
         assert [json.loads(line)["stage"] for line in status] == ["starting", "ready"]
 
@@ -424,10 +424,10 @@ def stage_blocks(front: Front) -> None:
     assert len(segments()) == 1
 
 
-def test_sigterm_ends_it_and_frees_shared_memory(front: Front) -> None:
+def test_the_order_to_end_ends_it_and_frees_shared_memory(front: Front) -> None:
     process = front.start(0)
     stage_blocks(front)
-    process.terminate()
+    process.send_signal(END_SIGNAL)
     assert process.wait(WAIT_S) == 0
     assert segments() == []
 
@@ -440,12 +440,26 @@ def test_memory_that_an_export_staged_is_released_with_the_request(front: Front)
     assert front.utility(0, "arriero_check")["staged"] == 0
 
 
-def test_sigterm_does_not_wait_for_a_long_step(front: Front) -> None:
+def test_the_order_to_end_does_not_wait_for_a_long_step(front: Front) -> None:
     process = front.start(0, time_scale=10_000.0)  # a step of minutes
     front.add(0, SimRequest("a", PROMPT))
     time.sleep(0.2)
-    process.terminate()
+    process.send_signal(END_SIGNAL)
     assert process.wait(WAIT_S) == 0
+
+
+def test_the_first_sigterm_asks_for_a_drain_and_the_second_ends_it(front: Front) -> None:
+    read, write = os.pipe()
+    env = {**os.environ, STATUS_FD_ENV: str(write)}
+    process = front.processes[0] = launch([*MODULE], front.spec(0), pass_fds=(write,), env=env)
+    os.close(write)
+    front.until(lambda: 0 in front.ready and 0 in front.snapshots)
+    with open(read) as status:
+        process.terminate()
+        assert [json.loads(status.readline()) for _ in range(3)][2:] == [{"asks": "drain"}]
+        assert process.poll() is None
+        process.terminate()
+        assert process.wait(WAIT_S) == 0
 
 
 def test_arriero_stop_ends_it(front: Front) -> None:
