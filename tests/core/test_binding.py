@@ -64,6 +64,15 @@ def test_small_requests_go_ahead_of_a_large_one_but_not_where_that_is_to_start()
     assert set(made.view.earmarks.items()) == {(1, 30)}, "now it is the medium one's turn"
 
 
+def test_an_urgent_request_starts_where_room_is_first_also_if_another_instance_is_kept_for_it() -> None:
+    made = cluster(snapshot(0, running("a", 60)), snapshot(1, running("b", 70)))
+    made.arrived(facts("urgent", 80, priority=-1), 0.0)
+    made.arrived(facts("later", 40), 0.0)
+    assert set(made.view.earmarks.items()) == {(0, 80)}
+    assert sent(made.snapshot(snapshot(1), 1.0)) == {"urgent": 1}, "not the later one, which would fit, too"
+    assert not made.view.earmarks
+
+
 def test_only_a_share_of_the_instances_is_kept_and_one_at_least() -> None:
     full = [snapshot(n, running(f"r{n}", 95)) for n in range(4)]
     made = cluster(*full)

@@ -14,7 +14,7 @@ from .test_live_migration import LIVE, RECOMPUTE, sampling
 
 pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
-ENGINE_FLAGS = ("--dtype", "float32", "--max-num-seqs", "6", "--scheduling-policy", "priority")
+ENGINE_FLAGS = ("--dtype", "float32", "--max-num-seqs", "6", "--policy", "infaas")  # requests queue in instances
 
 
 async def test_requests_of_a_batch_that_all_move_equal_their_unmoved_selves(engines: Engines) -> None:

@@ -33,9 +33,12 @@ class LateBinding:
         ahead: set[RequestId] = set()
         for request in line:
             own = self._own(request, ahead if may_earmark else None, view)
-            instance = self._roomiest.best(view) if own is None else own
             ahead.add(request.request_id)
-            room = self._free(view, instance) if own is not None else self.room(view, instance)
+            if own is not None and (request.priority >= 0 or self._fits(request, view, own, self._free(view, own))):
+                instance, room = own, self._free(view, own)
+            else:  # who is urgent does not wait for an instance of its own while others start elsewhere
+                instance = self._roomiest.best(view)
+                room = self.room(view, instance)
             if self._fits(request, view, instance, room):
                 self.forget(request.request_id, view)
                 yield request, instance
