@@ -218,6 +218,7 @@ REQUEST_COLUMNS = {
 
 def _table(title: str, columns: dict[str, str], rows: list[dict[str, Any]], width: int) -> Table:
     """Where ``width`` is small, only ids are cut: `arriero migrate` takes the beginning of one."""
+    title = title.removesuffix("s") if len(rows) == 1 else title
     table = Table(title=f"{len(rows)} {title}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     shown = [{key: "-" if value is None else value for key, value in row.items()} for row in rows]
     cells = {c: [template.format_map(row) for row in shown] for c, template in columns.items()}

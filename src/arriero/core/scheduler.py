@@ -197,7 +197,7 @@ class GlobalScheduler:
 
     def _dispatch(self, request: Dispatchable, instance: InstanceId, commands: list[Command]) -> None:
         self._queue.remove(request.request_id)
-        reason = f"{self.config.dispatch_policy}: freeness {self.view.freeness(instance):.1f}"
+        reason = f"by {self.config.dispatch_policy}; freeness {self.view.freeness(instance):.1f}"
         shown = self._standings()
         commands.append(Dispatch(request_id=request.request_id, instance=instance, reason=reason, alternatives=shown))
         self.view.sent(request, instance)

@@ -97,6 +97,14 @@ function describe(event) {
       return [request(event.request), " → ", badge(event.instance)];
     case "finish":
       return [request(event.request), " on ", badge(event.instance), ` ${event.how}, ${tokens(event.num_output_tokens)}`];
+    case "queue":
+      return [request(event.request), ` waits for an instance, with ${count(event.num_queued)} in the queue`];
+    case "first_token":
+      return [request(event.request), " on ", badge(event.instance), ` after ${milliseconds(1000 * event.ttft_s)}`];
+    case "preempt":
+      return [request(event.request), " on ", badge(event.instance)];
+    case "resume":
+      return [request(event.request), " on ", badge(event.instance), ` after ${milliseconds(1000 * event.pause_s)}`];
     case "instance_ready":
       return [badge(event.instance), " is ready"];
     case "instance_lost":
