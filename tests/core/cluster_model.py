@@ -22,7 +22,8 @@ from fake_engine import FakeEngine, Spec, Staging, reference
 from arriero.core.config import MigrationConfig
 from arriero.core.llumlet import Llumlet
 from arriero.core.messages import OPERATIONS, Answer, Message, Op
-from arriero.core.migration import Abort, Command, End, Migration, Park, Replay, Route, Send, State, WakeAt
+from arriero.core.migration import Migration, State
+from arriero.core.migration_commands import Abort, Command, End, Park, Replay, Route, Send, WakeAt
 from arriero.core.types import MigrationId, MigrationMode, Phase, RequestId
 
 FRONT_END = -1

@@ -10,7 +10,8 @@ from fake_engine import Spec, reference
 
 from arriero.core.config import MigrationConfig
 from arriero.core.messages import Answer, Commit, Copy, Detach, Drop, Expect, Load, Op, Release
-from arriero.core.migration import Abort, End, Migration, Replay, Route, Send, State, WakeAt
+from arriero.core.migration import Migration, State
+from arriero.core.migration_commands import Abort, End, Replay, Route, Send, WakeAt
 from arriero.core.types import MigrationMode, Phase
 
 LIVE, STOP, RECOMPUTE = MigrationMode.LIVE, MigrationMode.STOP_AND_COPY, MigrationMode.RECOMPUTE

@@ -128,7 +128,8 @@ async def start_engines(*flags: str) -> AsyncIterator[Engines]:
     """Two engines with the bundled model; ended at exit."""
     from arriero.vllm.arguments import parse
     from arriero.vllm.compat import cli_env_setup
-    from arriero.vllm.server import engine_config, make_async_llm, running_cluster
+    from arriero.vllm.instance_specs import engine_config
+    from arriero.vllm.server import make_async_llm, running_cluster
 
     cli_env_setup()
     argv = [str(ensure_bundled_model()), *FLAGS, *flags]

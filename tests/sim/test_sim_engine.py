@@ -13,7 +13,8 @@ from arriero.core.config import CopyConfig, MigrationConfig
 from arriero.core.errors import ConfigError, ConflictError, ProtocolError, UnmovableError
 from arriero.core.llumlet import Llumlet
 from arriero.core.messages import Answer
-from arriero.core.migration import Abort, Command, End, Migration, Park, Replay, Route, Send
+from arriero.core.migration import Migration
+from arriero.core.migration_commands import Abort, Command, End, Park, Replay, Route, Send
 from arriero.core.types import MigrationMode, Phase
 from arriero.sim.batch import Batch
 from arriero.sim.blocks import BlockPool

@@ -20,7 +20,8 @@ import zmq
 
 from arriero.core.config import MigrationConfig
 from arriero.core.messages import Answer, Copy, Load, Locate, Message, Op, Release, Reserve
-from arriero.core.migration import Abort, Command, End, Migration, Park, Replay, Route, Send
+from arriero.core.migration import Migration
+from arriero.core.migration_commands import Abort, Command, End, Park, Replay, Route, Send
 from arriero.core.types import InstanceSnapshot, MigrationMode, Phase
 from arriero.launch.child import END_SIGNAL, STATUS_FD_ENV
 from arriero.sim.process import ABORT, ADD, UTILITY

@@ -13,18 +13,8 @@ from typing import Any
 from arriero.core.config import MigrationConfig
 from arriero.core.errors import ConflictError, UnmovableError
 from arriero.core.messages import Answer, Op
-from arriero.core.migration import (
-    Abort,
-    Command,
-    End,
-    Migration,
-    Park,
-    Replay,
-    Route,
-    Send,
-    Stage,
-    WakeAt,
-)
+from arriero.core.migration import Migration, Stage
+from arriero.core.migration_commands import Abort, Command, End, Park, Replay, Route, Send, WakeAt
 from arriero.core.pace import StepPace
 from arriero.core.types import InstanceId, MigrationId, MigrationMode, RequestId
 from arriero.frontend.links import InstanceLinks

@@ -9,7 +9,8 @@ from functools import partial
 from arriero.core.config import MigrationConfig
 from arriero.core.errors import ProtocolError
 from arriero.core.messages import Answer
-from arriero.core.migration import Abort, Command, End, Migration, Park, Route, Send, Stage, State, WakeAt
+from arriero.core.migration import Migration, Stage, State
+from arriero.core.migration_commands import Abort, Command, End, Park, Route, Send, WakeAt
 from arriero.core.pace import StepPace
 from arriero.core.types import InstanceId, MigrationId, MigrationMode, RequestId
 from arriero.sim.fast_engine import FastSequence

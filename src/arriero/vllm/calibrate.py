@@ -213,7 +213,7 @@ class Bench:
 
 def calibrate(args: argparse.Namespace, options: ServeOptions) -> tuple[Profile, list[StepPoint], FitErrors]:
     """Start the engine, measure, fit. Raises ConfigError."""
-    from arriero.vllm.server import engine_config
+    from arriero.vllm.instance_specs import engine_config
 
     vllm_config = engine_config(args, options)
     cores = split_cores(sorted(os.sched_getaffinity(0)), options.num_instances)[0]
