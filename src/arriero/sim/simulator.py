@@ -17,7 +17,7 @@ from arriero.observe.decisions import make_scheduler
 from arriero.observe.events import EventLog
 from arriero.sim.config import SimEngineConfig
 from arriero.sim.fast_engine import FastEngine, FastSequence
-from arriero.sim.fast_reports import check_integrity, head_demand, prefix_hit
+from arriero.sim.fast_reports import check_integrity, prefix_hit
 from arriero.sim.kernel import Kernel
 from arriero.sim.membership import Membership
 from arriero.sim.moves import MoveReport, VirtualMigrations
@@ -25,6 +25,7 @@ from arriero.sim.network import Network, NetworkConfig
 from arriero.sim.prefix_cache import Share, prompt_segments
 from arriero.sim.profiles import Profile
 from arriero.sim.records import Record
+from arriero.sim.samples import Sample, take_sample
 from arriero.sim.virtual_instance import InstanceHooks, VirtualInstance
 from arriero.workload.workload import Arrival, Workload
 
@@ -82,21 +83,6 @@ class SimulatorConfig:
             raise ConfigError(f"launch_s={self.launch_s!r} is invalid: it must be 0 or more seconds")
         if self.sample_s < 0:
             raise ConfigError(f"sample_s={self.sample_s!r} is invalid: it must be 0 or more seconds")
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Memory at one moment, in blocks, of the instances that were there.
-
-    ``fragmented``: what the heads of queues wait for and would get if the free memory of all instances were one,
-    served from the smallest demand up (Llumnix, OSDI'24, section 6.3): free memory that is in the wrong place.
-    """
-
-    time_s: float
-    instances: tuple[InstanceId, ...]
-    used: tuple[int, ...]  #: of each of them
-    fragmented: int
-    num_waiting: int  #: in the instances, and in the scheduler's queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,17 +377,7 @@ class Simulator:
         if self._is_over:
             return
         self.kernel.at(self.kernel.now + self.config.sample_s, self._sample)
-        present = list(self.instances.present())
-        used = tuple(instance.num_used_blocks() for instance in present)
-        free = sum(instance.engine.config.num_blocks for instance in present) - sum(used)
-        fragmented = 0
-        for demand in sorted(filter(None, (head_demand(instance.engine) for instance in present))):
-            if fragmented + demand > free:
-                break
-            fragmented += demand
-        num_waiting = self.scheduler.num_queued + sum(len(instance.engine.waiting) for instance in present)
-        numbers = tuple(instance.instance for instance in present)
-        self.samples.append(Sample(self.kernel.now, numbers, used, fragmented, num_waiting))
+        self.samples.append(take_sample(list(self.instances.present()), self.scheduler.num_queued, self.kernel.now))
 
     def _emit(self, event: str, **fields: Any) -> None:
         if self._events is not None:
