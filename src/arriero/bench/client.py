@@ -312,7 +312,7 @@ def random_prompt(rng: random.Random, num_tokens: int) -> list[int]:
     return [rng.randrange(100, 40_000) for _ in range(num_tokens)]
 
 
-def decode_body(model: str, prompt: list[int], max_tokens: int) -> dict[str, Any]:
+def decode_body(model: str, prompt: list[int] | str, max_tokens: int) -> dict[str, Any]:
     """A greedy streamed completion of exactly ``max_tokens`` tokens."""
     return {
         "model": model,

@@ -16,7 +16,7 @@ from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
-from arriero.bench.client import COMPLETIONS, Call, Client, Reply, percentile
+from arriero.bench.client import COMPLETIONS, Call, Client, Reply, decode_body, percentile
 from arriero.core.errors import ArrieroError, ConfigError
 from arriero.workload.workload import Arrival, Workload
 
@@ -69,16 +69,7 @@ def _words_of(model: str) -> list[str]:
 
 def completion(model: str, prompt: str, max_tokens: int) -> dict[str, Any]:
     """A greedy streamed completion of exactly ``max_tokens`` tokens that says how many tokens it was."""
-    return {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": max_tokens,
-        "temperature": 0.0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "return_token_ids": True,
-    }
+    return {**decode_body(model, prompt, max_tokens), "stream_options": {"include_usage": True}}
 
 
 async def replay(client: Client, model: str, arrivals: Sequence[Arrival], prompts: Prompts) -> list[Seen]:

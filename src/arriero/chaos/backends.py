@@ -21,10 +21,10 @@ import psutil
 
 from arriero.bench.client import Client
 from arriero.bench.server import Server
+from arriero.chaos.flip import flip_staged
 from arriero.chaos.script import Action
 from arriero.chaos.slow_pipe import SlowPipe
 from arriero.core.errors import ConfigError
-from arriero.transport.shm import HEADER_BYTES, SHM
 
 RELAUNCH_S = 1.0
 """How long a killed test server stays away: what a supervisor's first backoff would take."""
@@ -143,22 +143,6 @@ class ArrieroBackends:
             await asyncio.sleep(CORRUPT_EVERY_S)
         await asyncio.gather(*moves, return_exceptions=True)
         return None if num_flipped else "no KV block was on its way"
-
-
-def flip_staged(pids: Sequence[int], rng: random.Random) -> int:
-    """Change a bit in each segment of shared memory that processes ``pids`` have staged blocks in; how many."""
-    num_flipped = 0
-    for path in [p for pid in pids for p in SHM.glob(f"arriero-*-{pid}-*")]:
-        with contextlib.suppress(OSError), path.open("r+b") as segment:
-            if int.from_bytes(segment.read(8), "little") == 0:
-                continue  # idle
-            segment.seek(HEADER_BYTES + rng.randrange(4096))  # blocks are staged from the front
-            byte = segment.read(1)
-            if byte:
-                segment.seek(-1, 1)
-                segment.write(bytes([byte[0] ^ (1 << rng.randrange(8))]))
-                num_flipped += 1
-    return num_flipped
 
 
 # ---------------------------------------------------------------------- others

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from arriero.chaos.flip import flip_bit
 from arriero.chaos.points import ANSWERED, SENT, Fault, Strike
 from arriero.core.config import MigrationConfig, RecoveryConfig
 from arriero.core.errors import ArrieroError
@@ -23,7 +24,7 @@ from arriero.core.messages import Drop, Op
 from arriero.core.types import InstanceId, MigrationMode
 from arriero.sim.faults import Operation, Pass
 from arriero.sim.fleet import Fleet, Stream, socket_folder
-from arriero.transport.shm import HEADER_BYTES, SHM
+from arriero.transport.shm import SHM
 
 NUM_INSTANCES = 3
 NUM_STREAMS = 9  #: that run at a time, beside those that are struck
@@ -382,12 +383,7 @@ def is_within_reach(strike: Strike, operation: Operation) -> bool:
 def corrupt(operation: Operation, rng: random.Random) -> None:
     """Change one byte of the blocks that an answer offers, in shared memory."""
     assert operation.answer is not None
-    ticket = operation.answer.ticket
-    with (SHM / ticket["name"]).open("r+b") as segment:
-        segment.seek(HEADER_BYTES + rng.randrange(ticket["num_bytes"]))
-        (byte,) = segment.read(1)
-        segment.seek(-1, 1)
-        segment.write(bytes([byte ^ (1 << rng.randrange(8))]))
+    flip_bit(SHM / operation.answer.ticket["name"], operation.answer.ticket["num_bytes"], rng)
 
 
 @contextlib.asynccontextmanager

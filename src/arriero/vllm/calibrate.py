@@ -31,7 +31,8 @@ from arriero.sim.fit import FitErrors, StepPoint, fit_step_time
 from arriero.sim.profiles import Profile, write_profile
 from arriero.vllm import compat
 from arriero.vllm.arguments import ServeOptions, parse
-from arriero.vllm.compat import EngineCore, EngineCoreRequest, Executor, SamplingParams
+from arriero.vllm.compat import EngineCore, Executor, SamplingParams
+from arriero.vllm.warm_up import own_request
 
 DECODES: tuple[tuple[int, int], ...] = (
     *((1, 64), (1, 512), (1, 1536), (2, 256), (4, 64), (4, 512), (4, 1024), (8, 64), (8, 384), (8, 768)),
@@ -154,19 +155,7 @@ class Bench:
     def _add(self, tokens: list[int], max_tokens: int) -> Any:
         self._num_requests += 1
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-        params.update_from_generation_config({}, eos_token_id=None)
-        message = EngineCoreRequest(
-            request_id=f"calibrate-{self._num_requests}",
-            prompt_token_ids=tokens,
-            mm_features=None,
-            sampling_params=params,
-            pooling_params=None,
-            arrival_time=time.time(),
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
-        )
-        request, _ = self._engine.preprocess_add_request(message)
+        request = own_request(self._engine, f"calibrate-{self._num_requests}", tokens, params)
         self._engine.add_request(request)
         if not self._engine.batch_queue:  # no step is in flight: the next one begins now
             self._last_s = self._clock()

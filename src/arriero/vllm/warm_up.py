@@ -42,21 +42,9 @@ def _features() -> list[SamplingParams]:
 
 
 def _run(engine: Any, request_id: str, params: SamplingParams) -> None:
-    params.update_from_generation_config({}, eos_token_id=None)
     if params.structured_outputs is not None:
         params.structured_outputs._backend = "xgrammar"
-    message = EngineCoreRequest(
-        request_id=request_id,
-        prompt_token_ids=list(range(1, 9)),
-        mm_features=None,
-        sampling_params=params,
-        pooling_params=None,
-        arrival_time=time.time(),
-        lora_request=None,
-        cache_salt=None,
-        data_parallel_rank=None,
-    )
-    request, _ = engine.preprocess_add_request(message)
+    request = own_request(engine, request_id, list(range(1, 9)), params)
     request.prefill_stats = None
     engine.scheduler.add_request(request)
     for _ in range(_MAX_STEPS):
@@ -66,3 +54,21 @@ def _run(engine: Any, request_id: str, params: SamplingParams) -> None:
         if request.use_structured_output and not request.num_computed_tokens:
             time.sleep(0.02)  # the grammar compiles on another thread
     engine.abort_requests([request_id])
+
+
+def own_request(engine: Any, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> Any:
+    """A request that no client has sent, in the form of the engine's scheduler."""
+    params.update_from_generation_config({}, eos_token_id=None)
+    message = EngineCoreRequest(
+        request_id=request_id,
+        prompt_token_ids=prompt_token_ids,
+        mm_features=None,
+        sampling_params=params,
+        pooling_params=None,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    request, _ = engine.preprocess_add_request(message)
+    return request
