@@ -405,7 +405,7 @@ class Cluster:
         kind = "replay" if migration.source is None else str(migration.mode)
         reason = re.sub(r":.*|\d+", "", end.reason)
         self.counts[f"{kind} committed" if end.ok else f"{kind} aborted"] += 1
-        if end.ok and migration.stages:
+        if end.ok and migration.transfer.stages:
             self.counts["committed after stages"] += 1
         if not end.ok:
             self.counts[f"aborted: {reason}"] += 1

@@ -75,8 +75,8 @@ def test_a_running_request_moves_and_its_stream_stays_whole(mode: MigrationMode,
     cluster.run_until(lambda: stream.ended)
     assert migration.committed
     assert stream.route == DESTINATION
-    assert bool(migration.stages) is (mode is LIVE)
-    assert (migration.num_bytes > 0) is (mode is not RECOMPUTE)
+    assert bool(migration.transfer.stages) is (mode is LIVE)
+    assert (migration.transfer.num_bytes > 0) is (mode is not RECOMPUTE)
     cluster.quiesce()
 
 
@@ -86,8 +86,8 @@ def test_a_live_migration_pauses_for_the_tail_only() -> None:
     commit = cluster.run_until_sent(Op.COMMIT)
     assert isinstance(commit, Commit)
     assert commit.end - commit.first <= 2
-    assert sum(stage.num_blocks for stage in migration.stages) == commit.first >= 5
-    assert all(stage.export_s == 0.5 and stage.import_s == 0.25 for stage in migration.stages)
+    assert sum(stage.num_blocks for stage in migration.transfer.stages) == commit.first >= 5
+    assert all(stage.export_s == 0.5 and stage.import_s == 0.25 for stage in migration.transfer.stages)
     assert len(commit.output_token_ids) < commit.num_output_tokens, "LOAD has told the destination most tokens before"
     cluster.quiesce()
 
@@ -121,7 +121,7 @@ def test_a_waiting_request_moves_without_a_copy() -> None:
     cluster.quiesce()
     assert migration.committed
     assert not sent(cluster, Op.COPY)
-    assert migration.num_bytes == 0
+    assert migration.transfer.num_bytes == 0
 
 
 def test_a_request_moves_in_the_middle_of_its_prefill() -> None:
@@ -171,7 +171,7 @@ def test_copying_that_does_not_converge_is_cut_short() -> None:
     cluster, _, migration = start(LIVE, config=MigrationConfig(max_stages=1))
     cluster.quiesce()
     assert migration.committed
-    assert len(migration.stages) == 1
+    assert len(migration.transfer.stages) == 1
 
 
 # ---------------------------------------------------------------------- one disturbance at each moment
@@ -628,7 +628,7 @@ def test_a_late_answer_of_an_earlier_stage_is_ignored() -> None:
     assert migration.on_answer(Answer(migration_id="m0", op=Op.LOAD, first=0, end=2), cluster.now) == []
     cluster.quiesce()
     assert migration.committed
-    assert [stage.num_blocks for stage in migration.stages][:2] == [2, 2]
+    assert [stage.num_blocks for stage in migration.transfer.stages][:2] == [2, 2]
 
 
 # ---------------------------------------------------------------------- the owner alone

@@ -14,16 +14,13 @@ and what must be done comes out as commands. One instance of it is one attempt.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 
 from arriero.core.config import MigrationConfig
 from arriero.core.messages import (
     OPERATIONS,
     Answer,
-    Commit,
     Copy,
-    Detach,
     Drop,
     Expect,
     Load,
@@ -35,6 +32,7 @@ from arriero.core.messages import (
     Resume,
 )
 from arriero.core.migration_commands import Abort, Command, End, Park, Replay, Route, Send, WakeAt
+from arriero.core.transfer import Transfer
 from arriero.core.types import InstanceId, MigrationId, MigrationMode, Phase, RequestId
 
 
@@ -50,16 +48,6 @@ class State(StrEnum):
     COMMITTING = "committing"
     CLOSING = "closing"  #: outcome known; RELEASE / RESUME / DROP are not acknowledged yet
     CLOSED = "closed"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """One copy stage, for reports."""
-
-    num_blocks: int
-    num_bytes: int
-    export_s: float
-    import_s: float
 
 
 # ---------------------------------------------------------------------- the machine
@@ -92,17 +80,12 @@ class Migration:
         self.mode = mode if source is not None else MigrationMode.RECOMPUTE
         self.state = State.LOCATING
         self.committed = False
-        self.stages: list[Stage] = []
-        self.num_bytes = 0
+        self.transfer = Transfer(migration_id, request_id, tokens, with_blocks=self.mode is not MigrationMode.RECOMPUTE)
         self.detach_s: float | None = None
         self.commit_s: float | None = None
         self._tokens = tokens
         self._commit_due = commit_due
         self._config = config
-        self._with_blocks = self.mode is not MigrationMode.RECOMPUTE
-        self._epoch = -1
-        self._first = 0  # blocks [0, first) are at the destination
-        self._known = 0  # output tokens that the destination has been told
         self._handover: Answer | None = None
         self._client_gone = False
         self._wanted = True  # a client waits for more tokens
@@ -113,8 +96,6 @@ class Migration:
         self._asked_s = 0.0
         self._poll_s: float | None = None
         self._started_s = 0.0
-        self._export_s = 0.0
-        self._settled = 0
 
     # ------------------------------------------------------------------ events
 
@@ -179,7 +160,8 @@ class Migration:
         if self.state is State.CLOSED or instance not in (self.source, self.destination):
             return []
         if self.state is State.COMMITTING:
-            return self._on_lost_while_committing(now) if self._destination_lost else []
+            # Lost with COMMIT unanswered: what the destination delivered before decides.
+            return self._uncommit("destination lost", now) if self._destination_lost else []
         side = "destination" if instance == self.destination else "source"
         return self._give_up(f"{side} lost", now)
 
@@ -238,11 +220,11 @@ class Migration:
     def _on_located(self, answer: Answer, now: float) -> list[Command]:
         if not answer.ok:
             return self._give_up(answer.reason, now)
-        self._epoch = answer.epoch
+        self.transfer.epoch = answer.epoch
         if answer.phase is not Phase.RUNNING:
-            self._with_blocks = False  # no KV yet: moves without a copy
+            self.transfer.with_blocks = False  # no KV yet: moves without a copy
         ahead = self._config.reserve_ahead_blocks * answer.block_size
-        return self._reserve(answer.num_tokens + ahead if self._with_blocks else 0, now)
+        return self._reserve(answer.num_tokens + ahead if self.transfer.with_blocks else 0, now)
 
     def _reserve(self, num_tokens: int, now: float) -> list[Command]:
         self.state = State.RESERVING
@@ -260,74 +242,47 @@ class Migration:
             return [WakeAt(self._poll_s)]
         if self.source is None:
             return self._commit_replay(now)
-        if self.mode is MigrationMode.LIVE and self._with_blocks:
+        if self.mode is MigrationMode.LIVE and self.transfer.with_blocks:
             return self._copy(now)
         return self._align(now)
 
     def _copy(self, now: float) -> list[Command]:
         self.state = State.COPYING
-        message = Copy(migration_id=self.migration_id, request_id=self.request_id, first=self._first, epoch=self._epoch)
-        return self._ask(self._source, message, now)
+        return self._ask(self._source, self.transfer.copy(), now)
 
     def _on_copied(self, answer: Answer, now: float) -> list[Command]:
         if not answer.ok:
             return self._give_up(answer.reason, now)
-        if answer.end <= self._first:
+        load = self.transfer.load(answer)
+        if load is None:
             return self._align(now)
         self.state = State.LOADING
-        self.num_bytes += answer.num_bytes
-        self._export_s, self._settled = answer.copy_s, answer.settled_blocks
-        known, news = self._known, tuple(self._tokens[self._known :])
-        message = Load(
-            migration_id=self.migration_id,
-            request_id=self.request_id,
-            first=self._first,
-            end=answer.end,
-            ticket=answer.ticket,
-            known=known,
-            output_token_ids=news,
-        )
-        self._known += len(news)
-        return self._ask(self.destination, message, now)
+        return self._ask(self.destination, load, now)
 
     def _on_loaded(self, answer: Answer, now: float) -> list[Command]:
         if not answer.ok:
             return self._give_up(f"destination refused: {answer.reason}", now)
-        self.stages.append(
-            Stage(
-                num_blocks=answer.end - self._first,
-                num_bytes=answer.num_bytes,
-                export_s=self._export_s,
-                import_s=answer.copy_s,
-            )
-        )
-        self._first = answer.end
-        if self._settled - self._first <= self._config.stop_blocks or len(self.stages) >= self._config.max_stages:
+        self.transfer.loaded(answer)
+        enough = len(self.transfer.stages) >= self._config.max_stages
+        if enough or self.transfer.num_behind <= self._config.stop_blocks:
             return self._align(now)
         return self._copy(now)
 
     def _align(self, now: float) -> list[Command]:
         """DETACH leaves as a token comes in: it cannot miss the end of the source's step, which COMMIT's estimate is
         built on, and EXPECT has that step to reach the destination. Not if no token is to be expected soon."""
-        if self._commit_due is None or not self._with_blocks or not self._tokens:
+        if self._commit_due is None or not self.transfer.with_blocks or not self._tokens:
             return self._detach(now)
         self.state, self._asked, self._asked_s = State.ALIGNING, None, now
         return [WakeAt(self._deadline())]
 
     def _detach(self, now: float) -> list[Command]:
         self.state, self.detach_s = State.DETACHING, now
-        message = Detach(
-            migration_id=self.migration_id,
-            request_id=self.request_id,
-            first=self._first,
-            epoch=self._epoch,
-            with_blocks=self._with_blocks,
-        )
-        return [*self._announce(now), *self._ask(self._source, message, now)]
+        return [*self._announce(now), *self._ask(self._source, self.transfer.detach(), now)]
 
     def _announce(self, now: float) -> list[Command]:
         """Tell the destination when COMMIT will come, so that it can hold its door (see core/door.py)."""
-        if self._commit_due is None or not self._with_blocks:
+        if self._commit_due is None or not self.transfer.with_blocks:
             return []
         due_s = self._commit_due(now)
         return [Send(self.destination, Expect(migration_id=self.migration_id, request_id=self.request_id, due_s=due_s))]
@@ -341,30 +296,17 @@ class Migration:
                 f"the client has received {len(self._tokens)}",
                 now,
             )
-        self._handover = answer
-        self.num_bytes += answer.num_bytes
         return self._commit(answer, now)
 
     def _commit_replay(self, now: float) -> list[Command]:
-        handover = Answer(migration_id=self.migration_id, op=Op.DETACH, num_output_tokens=len(self._tokens))
-        self._handover = handover
-        return self._commit(handover, now)
+        """There is no source: the token log is all that is handed over."""
+        return self._commit(
+            Answer(migration_id=self.migration_id, op=Op.DETACH, num_output_tokens=len(self._tokens)), now
+        )
 
     def _commit(self, handover: Answer, now: float) -> list[Command]:
-        self.state, self.commit_s = State.COMMITTING, now
-        message = Commit(
-            migration_id=self.migration_id,
-            request_id=self.request_id,
-            first=handover.first,
-            end=handover.end,
-            ticket=handover.ticket,
-            known=self._known,
-            output_token_ids=tuple(self._tokens[self._known :]),
-            num_output_tokens=handover.num_output_tokens,
-            num_computed_tokens=handover.num_computed_tokens,
-            sampler_state=handover.sampler_state,
-        )
-        return [Route(self.destination), *self._ask(self.destination, message, now)]
+        self.state, self.commit_s, self._handover = State.COMMITTING, now, handover
+        return [Route(self.destination), *self._ask(self.destination, self.transfer.commit(handover), now)]
 
     def _on_committed(self, answer: Answer, now: float) -> list[Command]:
         self.committed = answer.ok
@@ -374,10 +316,6 @@ class Migration:
         return self._uncommit(f"destination refused: {answer.reason}", now)
 
     # ------------------------------------------------------------------ ways out
-
-    def _on_lost_while_committing(self, now: float) -> list[Command]:
-        """The destination died with COMMIT unanswered: what it delivered before decides."""
-        return self._uncommit("destination lost", now)
 
     def _uncommit(self, reason: str, now: float) -> list[Command]:
         """COMMIT did not happen, for sure: the source continues, or the token log does."""

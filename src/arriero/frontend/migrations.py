@@ -13,9 +13,10 @@ from typing import Any
 from arriero.core.config import MigrationConfig
 from arriero.core.errors import ConflictError, UnmovableError
 from arriero.core.messages import Answer, Op
-from arriero.core.migration import Migration, Stage
+from arriero.core.migration import Migration
 from arriero.core.migration_commands import Abort, Command, End, Park, Replay, Route, Send, WakeAt
 from arriero.core.pace import StepPace
+from arriero.core.transfer import Stage
 from arriero.core.types import InstanceId, MigrationId, MigrationMode, RequestId
 from arriero.frontend.links import InstanceLinks
 from arriero.frontend.requests import LiveRequest
@@ -231,7 +232,11 @@ class MigrationRunner:
         machine, report, now = run.machine, run.report, self._clock()
         self._open.pop(run.request.request_id, None)
         report.ok, report.reason = ok, reason
-        report.num_bytes, report.stages, report.num_tokens = machine.num_bytes, machine.stages, len(run.request.tokens)
+        report.num_bytes, report.stages, report.num_tokens = (
+            machine.transfer.num_bytes,
+            machine.transfer.stages,
+            len(run.request.tokens),
+        )
         report.total_s = now - run.started_s
         if machine.detach_s is not None and machine.commit_s is not None:
             report.detach_to_commit_s = now - machine.detach_s

@@ -9,9 +9,10 @@ from functools import partial
 from arriero.core.config import MigrationConfig
 from arriero.core.errors import ProtocolError
 from arriero.core.messages import Answer
-from arriero.core.migration import Migration, Stage, State
+from arriero.core.migration import Migration, State
 from arriero.core.migration_commands import Abort, Command, End, Park, Route, Send, WakeAt
 from arriero.core.pace import StepPace
+from arriero.core.transfer import Stage
 from arriero.core.types import InstanceId, MigrationId, MigrationMode, RequestId
 from arriero.sim.fast_engine import FastSequence
 from arriero.sim.kernel import Kernel
@@ -196,7 +197,11 @@ class VirtualMigrations:
     def _end(self, run: _Run, ok: bool, reason: str) -> None:
         machine, report, now = run.machine, run.report, self._kernel.now
         report.ok, report.reason = ok, reason
-        report.num_bytes, report.stages, report.num_tokens = machine.num_bytes, machine.stages, len(run.log)
+        report.num_bytes, report.stages, report.num_tokens = (
+            machine.transfer.num_bytes,
+            machine.transfer.stages,
+            len(run.log),
+        )
         report.total_s = now - run.started_s
         if machine.detach_s is not None and machine.commit_s is not None:
             report.detach_to_commit_s = now - machine.detach_s
