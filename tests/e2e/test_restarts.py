@@ -113,7 +113,7 @@ async def test_without_restarts_new_requests_are_refused_when_the_time_is_up() -
         await fleet.dead(0)
         queued = fleet.submit(20, 20)
         requests = [SimRequest(f"late-{n}", [1, 2, 3], 5) for n in range(2)]
-        waiting = [asyncio.create_task(fleet.cluster.admit(r, facts_of(r), r.request_id)) for r in requests]
+        waiting = [asyncio.create_task(fleet.cluster.intake.admit(r, facts_of(r), r.request_id)) for r in requests]
         await asyncio.sleep(0)
         waiting[0].cancel()
         with pytest.raises(asyncio.CancelledError):

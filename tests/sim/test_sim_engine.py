@@ -598,7 +598,7 @@ def test_a_request_moves_live_in_stages_of_stage_bytes() -> None:
     pair.add(a)
     pair.step()
     assert pair.move("a", 0, 1, MigrationMode.LIVE).ok
-    stages = pair.migrations["m0"].stages
+    stages = pair.migrations["m0"].transfer.stages
     assert len(stages) >= 5
     assert all(s.num_blocks <= 2 for s in stages)
     assert pair.run()["a"] == reference(a)
@@ -619,7 +619,7 @@ def test_a_waiting_request_moves_without_a_copy() -> None:
     pair.add(b)
     pair.step()
     assert pair.move("b", 0, 1, MigrationMode.LIVE).ok
-    assert pair.migrations["m0"].num_bytes == 0
+    assert pair.migrations["m0"].transfer.num_bytes == 0
     assert pair.run() == {"a": reference(a), "b": reference(b)}
 
 

@@ -28,7 +28,7 @@ class NoInstances:
     fail: Callable[[LiveRequest, str], bool]
 
     def __init__(self) -> None:
-        self.links, self.instances = self, self
+        self.links, self.instances, self.intake = self, self, self
         self.client_index = 0
 
     def __iter__(self) -> Any:

@@ -13,28 +13,16 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from arriero.core.commands import Command, Reject, RejectKind
+from arriero.core.commands import Command
 from arriero.core.config import HistoryConfig, MigrationConfig, RecoveryConfig, SchedulerConfig
-from arriero.core.errors import (
-    ArrieroError,
-    ConfigError,
-    ConflictError,
-    OverloadedError,
-    ProtocolError,
-    UnavailableError,
-)
+from arriero.core.errors import ConfigError, ConflictError, ProtocolError
 from arriero.core.pace import StepPace
-from arriero.core.types import (
-    Dispatchable,
-    InstanceId,
-    InstanceSnapshot,
-    MigrationMode,
-    RequestId,
-)
+from arriero.core.types import InstanceId, InstanceSnapshot, MigrationMode, RequestId
 from arriero.frontend.describe import describe_instances, describe_requests
 from arriero.frontend.drains import DrainReport, Drains
 from arriero.frontend.explain import explain, newly_preempted
 from arriero.frontend.instances import Instance, Instances, MakeSpec, Progress
+from arriero.frontend.intake import Intake
 from arriero.frontend.joining import Membership
 from arriero.frontend.lifecycle import Lifecycle
 from arriero.frontend.links import InstanceLinks
@@ -154,6 +142,17 @@ class Cluster:
             clock=clock,
         )
         self.shutdown = Shutdown(self.requests, self.lose, progress)
+        self.intake = Intake(
+            requests=self.requests,
+            scheduler=self.scheduler,
+            orders=self._orders,
+            shutdown=self.shutdown,
+            events=self.events,
+            metrics=self.metrics,
+            clock=clock,
+            end=self.end,
+            abort=self.abort,
+        )
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ------------------------------------------------------------------ life
@@ -201,62 +200,6 @@ class Cluster:
         task.add_done_callback(self._tasks.discard)
 
     # ------------------------------------------------------------------ requests
-
-    def submit(self, message: Any, facts: Dispatchable, external_id: str) -> None:
-        """Take a new request; it is dispatched now or later. Raises UnavailableError if no instance is ready,
-        OverloadedError if too many wait already, and ConfigError if none could ever run it.
-        """
-        if self.shutdown.has_begun:
-            raise UnavailableError("the server ends: it takes no more requests")
-        started = self.clock()
-        self.requests.add(LiveRequest(facts, message, None, external_id, started))
-        commands = self.scheduler.arrived(facts, started)
-        refused = next((c for c in commands if isinstance(c, Reject) and c.request_id == facts.request_id), None)
-        if refused is not None:
-            commands.remove(refused)
-            self.events.emit(
-                "reject",
-                request=facts.request_id,
-                client_id=external_id,
-                kind=refused.kind.value,
-                reason=refused.reason,
-            )
-            self.end(facts.request_id, refused.kind.value)
-        self._orders.carry_out(commands)
-        self.metrics.dispatch_seconds.observe(self.clock() - started)
-        if refused is not None:
-            raise _error_of(refused)
-        if self.route_of(facts.request_id) is None:
-            self.events.emit(
-                "queue", request=facts.request_id, client_id=external_id, num_queued=self.scheduler.num_queued
-            )
-
-    def route_of(self, request_id: RequestId) -> InstanceId | None:
-        """The instance that a live request runs on; None: it waits for one."""
-        request = self.requests.get(request_id)
-        return request.route if request is not None else None
-
-    async def admit(
-        self,
-        message: Any,
-        facts: Dispatchable,
-        external_id: str,
-        taken: Callable[[InstanceId | None], None] = lambda instance: None,
-    ) -> None:
-        """As :meth:`submit`, but wait until the request has an instance. Raises UnavailableError also if none came.
-
-        ``taken`` is told before, as soon as it was not refused: its instance, or None while it waits for one.
-        """
-        self.submit(message, facts, external_id)
-        taken(self.route_of(facts.request_id))
-        request = self.requests.get(facts.request_id)
-        if request is None or request.route is not None:
-            return
-        try:
-            await self._orders.placed(facts.request_id)
-        except asyncio.CancelledError:
-            self.abort([facts.request_id])
-            raise
 
     def abort(self, request_ids: Sequence[RequestId]) -> None:
         """The clients are gone; unknown ids are ignored."""
@@ -444,9 +387,3 @@ class Cluster:
                 continue
             if self.instances.is_dead(route) or not self.instances[route].serves:
                 raise ProtocolError(f"request {request_id} is routed to instance {route}, which does not serve")
-
-
-def _error_of(refused: Reject) -> ArrieroError:
-    if refused.retry_after_s is not None:
-        return OverloadedError(refused.reason, refused.retry_after_s)
-    return (ConfigError if refused.kind is RejectKind.IMPOSSIBLE else UnavailableError)(refused.reason)

@@ -243,7 +243,7 @@ class Fleet:
 
     def submit_request(self, request: EngineCoreRequest) -> Stream:
         """A client with a request of its own making."""
-        self.cluster.submit(request, facts_of(request), request.external_req_id or request.request_id)
+        self.cluster.intake.submit(request, facts_of(request), request.external_req_id or request.request_id)
         stream = Stream(request, self.cluster.requests.get(request.request_id))
         self.streams[request.request_id] = stream
         return stream

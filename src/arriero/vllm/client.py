@@ -53,7 +53,7 @@ class ClusterClient(AsyncMPClient):
         placement = current_placement()
         try:
             name = request.external_req_id or request.request_id
-            await self.cluster.admit(request, facts_of(request), name, placement.placed)
+            await self.cluster.intake.admit(request, facts_of(request), name, placement.placed)
         except asyncio.CancelledError:
             self._forget(request.request_id)
             raise
