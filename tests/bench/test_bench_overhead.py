@@ -10,6 +10,7 @@ from arriero.bench.overhead import ARRIERO, STOCK, Plan, ratio, summarise, targe
 
 PLAN = Plan(
     concurrencies=(1, 16, 64),
+    starts=2,
     rounds=2,
     requests_per_client=2,
     min_requests=16,
@@ -21,7 +22,7 @@ PLAN = Plan(
 
 def sample(number: int, server: str, tokens_per_s: float, concurrency: int = 1, **fields: Any) -> dict[str, Any]:
     defaults = {"ttft_ms": [50.0, 52.0], "tpot_ms": [15.0, 17.0]}
-    return {"round": number, "concurrency": concurrency, "server": server, "tokens_per_s": tokens_per_s} | (
+    return {"start": 0, "round": number, "concurrency": concurrency, "server": server, "tokens_per_s": tokens_per_s} | (
         defaults | fields
     )
 
@@ -42,6 +43,17 @@ def test_the_ratio_is_taken_within_rounds() -> None:
     # The machine is twice as fast in the second round; arriero has 1 % less in each.
     samples = [sample(0, ARRIERO, 99.0), sample(0, STOCK, 100.0), sample(1, STOCK, 200.0), sample(1, ARRIERO, 198.0)]
     assert ratio(samples, 1) == pytest.approx(0.99)
+
+
+def test_each_start_counts_once_in_the_ratio() -> None:
+    # Within a start the odd round does not count; between starts the processes are other ones.
+    samples = [
+        sample(number, server, rate, start=start)
+        for start, ratios in enumerate([(0.98, 0.98, 0.5), (1.02, 1.02, 1.02)])
+        for number, arriero in enumerate(ratios)
+        for server, rate in ((ARRIERO, 100 * arriero), (STOCK, 100.0))
+    ]
+    assert ratio(samples, 1) == pytest.approx(1.0)
 
 
 def test_latencies_of_all_rounds_are_taken_together() -> None:

@@ -3,8 +3,9 @@
 One instance behind `arriero serve` against `vllm serve`, with the same flags, cores and threads. Both are up all
 the time; while one is measured, every process of the other is stopped (SIGSTOP). They take turns, in an order that
 flips from round to round, and answer the same prompts, so each round gives one ratio in which the machine's drift
-cancels out. The load is closed-loop: as many clients as the concurrency says, each sends the next request when
-its last one is answered.
+cancels out. Both are started anew several times: a start of the pair has differed from another one by 5 %, steadily
+in all of its rounds, which more rounds cannot show. The load is closed-loop: as many clients as the
+concurrency says, each sends the next request when its last one is answered.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from statistics import fmean
 from time import perf_counter
 from typing import Any
 
@@ -61,6 +63,7 @@ class Plan:
     """What one run measures."""
 
     concurrencies: Sequence[int]
+    starts: int
     rounds: int
     requests_per_client: int
     min_requests: int
@@ -114,20 +117,22 @@ async def measure(url: str, prompts: Sequence[list[int]], concurrency: int, outp
 class Bench:
     """Lets two servers take turns."""
 
-    def __init__(self, servers: Mapping[str, Server], plan: Plan) -> None:
+    def __init__(self, servers: Mapping[str, Server], plan: Plan, start: int) -> None:
         self._servers = servers
         self._plan = plan
-        self._rng = random.Random(plan.seed)
+        self._start = start
+        self._rng = random.Random(plan.seed + start)
 
     def run(self) -> list[Sample]:
-        """All samples; every server is paused before and after."""
+        """The samples of one start; every server is paused before and after."""
         for name in self._servers:  # every batch size once, unmeasured
             self._turn(name, self._prompts(max(self._plan.concurrencies)), max(self._plan.concurrencies))
         samples = []
         for number, concurrency, order in turns(self._plan):
             for sample in self._pair(concurrency, order):
-                samples.append({"round": number, "concurrency": concurrency, **sample})
-                say(f"round {number}, concurrency {concurrency}, {sample['server']}: {sample['tokens_per_s']:.1f} /s")
+                samples.append({"start": self._start, "round": number, "concurrency": concurrency, **sample})
+                where = f"start {self._start}, round {number}, concurrency {concurrency}"
+                say(f"{where}, {sample['server']}: {sample['tokens_per_s']:.1f} /s")
         return samples
 
     def _pair(self, concurrency: int, order: Sequence[str]) -> list[Sample]:
@@ -156,12 +161,15 @@ class Bench:
 
 
 def ratio(samples: Sequence[Sample], concurrency: int) -> float:
-    """Arriero's throughput over stock's: the median over rounds."""
-    by_round: dict[int, dict[str, float]] = {}
+    """Arriero's throughput over stock's: in each start the median over its rounds, then the mean over starts."""
+    by_round: dict[tuple[int, int], dict[str, float]] = {}
     for s in samples:
         if s["concurrency"] == concurrency:
-            by_round.setdefault(s["round"], {})[s["server"]] = s["tokens_per_s"]
-    return median(pair[ARRIERO] / pair[STOCK] for pair in by_round.values())
+            by_round.setdefault((s["start"], s["round"]), {})[s["server"]] = s["tokens_per_s"]
+    by_start: dict[int, list[float]] = {}
+    for (start, _), pair in by_round.items():
+        by_start.setdefault(start, []).append(pair[ARRIERO] / pair[STOCK])
+    return fmean(median(ratios) for ratios in by_start.values())
 
 
 def summarise(samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -206,7 +214,8 @@ def targets_of(summary: Sequence[dict[str, Any]]) -> list[Target]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--concurrencies", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
+    parser.add_argument("--starts", type=int, default=3, help="of both servers (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="in a start (default: %(default)s)")
     parser.add_argument("--requests-per-client", type=int, default=2, help="in a turn (default: %(default)s)")
     parser.add_argument("--min-requests", type=int, default=16, help="in a turn (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="(default: %(default)s)")
@@ -226,23 +235,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         ARRIERO: arriero_command(model, port=ports[ARRIERO], instances=1, flags=flags),
         STOCK: stock_command(model, port=ports[STOCK], flags=flags),
     }
-    with ended_by_signals(), contextlib.ExitStack() as stack:
-        servers = {}
-        for name, command in commands.items():
-            log = log_file(f"overhead-{name}")
-            server = Server(command, port=ports[name], log=log, timeout_s=args.start_timeout)
-            say(f"starting {name}")
-            servers[name] = stack.enter_context(server)
-            server.pause()
-        processes = {name: server.describe_processes() for name, server in servers.items()}
-        samples = Bench(servers, plan).run()
+    samples: list[Sample] = []
+    described = []
+    with ended_by_signals():
+        for start in range(plan.starts):
+            with contextlib.ExitStack() as stack:
+                servers = {}
+                for name, command in sorted(commands.items(), reverse=start % 2 == 1):
+                    server = Server(
+                        command, port=ports[name], log=log_file(f"overhead-{name}"), timeout_s=args.start_timeout
+                    )
+                    say(f"starting {name}")
+                    servers[name] = stack.enter_context(server)
+                    server.pause()
+                processes = {name: server.describe_processes() for name, server in servers.items()}
+                samples += Bench(servers, plan, start).run()
+            left = {name: server.shared_memory() for name, server in servers.items()}
+            described.append({"processes": processes, "left_in_shared_memory": left})
     summary = summarise(samples)
     targets = targets_of(summary)
     extra = {
         "plan": asdict(plan),
         "commands": commands,
-        "processes": processes,
-        "left_in_shared_memory": {name: server.shared_memory() for name, server in servers.items()},
+        "starts": described,
     }
     report.write("overhead", samples, targets, summary=summary, **extra)
     report.print_table(TITLE, [{name: row[key] for key, name in SHOWN.items()} for row in summary], targets)
