@@ -35,14 +35,18 @@ async def generate(engines: Engines, name: str, priority: int, started: list[str
 async def test_an_urgent_request_starts_before_those_that_came_first(engines: Engines) -> None:
     """Two engines with two places each are full; two normal requests wait; then comes an urgent one."""
     started: list[str] = []
-    running = [asyncio.create_task(generate(engines, f"running-{i}", 0, started, 150 + i)) for i in range(4)]
+    # Long enough that none has ended before the last has begun, even if one engine's first step takes seconds.
+    running = [asyncio.create_task(generate(engines, f"running-{i}", 0, started, 400 + i)) for i in range(4)]
     while len(started) < 4:
         await asyncio.sleep(0.01)
     waiting = [asyncio.create_task(generate(engines, f"waiting-{i}", 0, started, 20)) for i in range(2)]
     while len(engines.cluster.requests) < 6:
         await asyncio.sleep(0.01)
     urgent = asyncio.create_task(generate(engines, "urgent", -1, started, 20))
-    assert await asyncio.gather(*running, *waiting, urgent) == [150, 151, 152, 153, 20, 20, 20]
+    while len(engines.cluster.requests) < 7:
+        await asyncio.sleep(0.01)
+    assert not any(task.done() for task in running)
+    assert await asyncio.gather(*running, *waiting, urgent) == [400, 401, 402, 403, 20, 20, 20]
     assert started[4] == "urgent"
     (explained,) = engines.cluster.explain("urgent")
     assert [s["event"] for s in explained["steps"]][-3:] == ["dispatch", "first_token", "finish"]
