@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -30,6 +31,8 @@ RELAUNCH_S = 1.0
 """How long a killed test server stays away: what a supervisor's first backoff would take."""
 
 CORRUPT_EVERY_S = 0.001
+POLL_S = 0.05
+DETECTION_TIMEOUT_S = 10.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -52,6 +55,9 @@ class Backends(Protocol):
 
     def killed(self, backend: Backend) -> None:
         """It was killed: see that it comes back, if nobody else does."""
+
+    async def detection_s(self, backend: Backend, killed_s: float) -> float | None:
+        """How long after ``killed_s`` (``time.perf_counter()``) the server knew; None if it does not say."""
 
     async def close(self) -> None:
         """End what belongs to us."""
@@ -116,6 +122,23 @@ class ArrieroBackends:
 
     def killed(self, backend: Backend) -> None:
         """See :class:`Backends`."""
+
+    async def detection_s(self, backend: Backend, killed_s: float) -> float | None:
+        """See :class:`Backends`. The server's events are timed by the same clock of this machine."""
+        number = int(backend.name.removeprefix("instance "))
+        last = 0
+        while perf_counter() < killed_s + DETECTION_TIMEOUT_S:
+            try:
+                events = await self._client.get("/events", after=last, limit=1000)
+            except (aiohttp.ClientError, ValueError):
+                events = []
+            for event in events:
+                last = max(last, event["seq"])
+                if event["event"] == "instance_lost" and event["instance"] == number:
+                    return float(event["time_s"]) - killed_s
+            if not events:
+                await asyncio.sleep(POLL_S)
+        return None
 
     async def close(self) -> None:
         """See :class:`Backends`."""
@@ -190,6 +213,10 @@ class TestServers:
         self._relaunches.add(task)
         task.add_done_callback(self._relaunches.discard)
 
+    async def detection_s(self, backend: Backend, killed_s: float) -> float | None:
+        """See :class:`Backends`."""
+        return None
+
     def _of(self, backend: Backend) -> Server:
         return next(s for s in self._servers if s.pid == backend.pid)
 
@@ -223,6 +250,10 @@ class FoundBackends:
 
     def killed(self, backend: Backend) -> None:
         """See :class:`Backends`."""
+
+    async def detection_s(self, backend: Backend, killed_s: float) -> float | None:
+        """See :class:`Backends`."""
+        return None
 
     async def close(self) -> None:
         """See :class:`Backends`."""

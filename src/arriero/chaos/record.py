@@ -39,6 +39,7 @@ from arriero.core.errors import ArrieroError, ConfigError
 SYSTEMS = (ARRIERO, f"{ROUTER}round_robin", f"{ROUTER}cache_aware")
 MIN_STRIKES = 500
 MIN_KILLS = 10
+MAX_DETECTION_S = 0.1
 RESULT = Path("results") / "chaos.json"
 Part = dict[str, Any]
 
@@ -230,6 +231,7 @@ def summarise_real(runs: Sequence[dict[str, Any]]) -> Part:
     num_streams = sum(verdicts.values())
     num_kills = sum(f["skipped"] is None and f["action"] == "kill" for run in runs for f in run["faults"])
     num_leaks = sum(len(run["leaks"]) for run in runs)
+    detections = [f["detection_s"] for run in runs for f in run["faults"] if "detection_s" in f]
     return {
         "runs": list(runs),
         "summary": rows,
@@ -239,6 +241,11 @@ def summarise_real(runs: Sequence[dict[str, Any]]) -> Part:
                 "real: streams whole and token-equal, %", percent(verdicts[Verdict.WHOLE], num_streams), 100.0
             ),
             Target.at_most("real: blocks, routes, reservations, files and processes left", num_leaks, 0),
+            *(
+                [Target.at_most("real: from SIGKILL until it is known, max", max(detections), MAX_DETECTION_S, "s")]
+                if detections
+                else []
+            ),
         ],
     }
 

@@ -142,6 +142,7 @@ class Run:
             case Action.KILL:
                 signal_tree(backend.pid, signal.SIGKILL)
                 self._backends.killed(backend)
+                noted.detection_s = await self._backends.detection_s(backend, noted.at_s)
             case Action.STOP:
                 signal_tree(backend.pid, signal.SIGSTOP)
                 try:

@@ -77,10 +77,12 @@ class Struck:
     target: str
     at_s: float
     skipped: str | None = None
+    detection_s: float | None = None  #: from a SIGKILL until the server knew, if it says
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"action": self.action, "target": self.target, "at_s": round(self.at_s, 4), "skipped": self.skipped}
+        found = {"action": self.action, "target": self.target, "at_s": round(self.at_s, 4), "skipped": self.skipped}
+        return found | ({} if self.detection_s is None else {"detection_s": round(self.detection_s, 4)})
 
 
 def judge(reply: Reply, reference: Reply, *, hung: bool = False) -> tuple[Verdict, str | None]:
