@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from arriero.bench.client import Reply
+from arriero.chaos.record import kill_rows
 from arriero.chaos.scoreboard import Outcome, Struck, Verdict, failed_after, judge, recovery_s, row, upright
 
 
@@ -95,3 +96,19 @@ def test_the_scoreboard_has_a_column_for_each_system() -> None:
     assert shown["faults"] == ("kill 1", "kill 1")
     assert shown["whole"] == (1, 1)
     assert upright([]) == []
+
+
+def test_kills_are_told_apart_by_what_was_left() -> None:
+    """A silence until an engine has started anew is no fault of the replay."""
+
+    def kill(num_up: int, felt_s: float, detection_s: float | None) -> dict[str, object]:
+        return Struck(
+            action="kill", target="0", at_s=1.0, num_up=num_up, felt_s=felt_s, detection_s=detection_s
+        ).as_dict()
+
+    faults = [kill(2, 0.2, 0.01), kill(1, 20.0, 0.03), kill(2, 0.4, None)]
+    rows = kill_rows([{"faults": faults}])
+    assert [(r["instances left"], r["kills"], r["known after, max s"], r["felt max s"]) for r in rows] == [
+        (1, 2, 0.01, 0.4),
+        (0, 1, 0.03, 20.0),
+    ]

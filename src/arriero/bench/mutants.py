@@ -1,12 +1,13 @@
 """Break each rule of the protocol in turn: does a test notice? `make mutants` -> results/mutants.json.
 
-A mutant is a textual patch of a *copy* of ``arriero.core``; the protocol's tests run against the copy.
-Each is tried by three suites on their own, since a state machine that only ever passes beside unit tests
-that fail might be vacuous:
+A mutant is a textual patch of a *copy* of the package; tests run against the copy. One of the protocol is tried by
+three suites on their own, since a state machine that only ever passes beside unit tests that fail might be vacuous:
 
 - *scripted*: one disturbance at one exact moment, the llumlet alone, and the rules of recovery and draining;
 - *walk*: the long seeded walk under chaos;
 - *machine*: Hypothesis' state machine, the same rules.
+
+One of the way that KV blocks take is tried by *blocks*: copies, checksums, and damage between two instances.
 
 Every mutant has to be killed by at least one. Run it in the repository's root.
 """
@@ -45,6 +46,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     ),
     "walk": ("tests/core/test_migration_protocol.py::test_walk_keeps_every_law_and_reaches_every_outcome",),
     "machine": ("tests/core/test_migration_protocol.py::TestMigrationMachine",),
+    "blocks": ("tests/transport", "tests/vllm/test_worker_copies.py", "tests/e2e/test_damaged_blocks.py"),
 }
 SURVIVED = "survived"
 
@@ -76,11 +78,9 @@ def overlay(mutant: Mutant | None) -> Iterator[Path]:
     package = Path(arriero.__file__).parent
     with tempfile.TemporaryDirectory(prefix="arriero-mutant-") as name:
         copy = Path(name) / "arriero"
-        copy.mkdir()
-        shutil.copy(package / "__init__.py", copy)
-        shutil.copytree(package / "core", copy / "core", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
         if mutant is not None:
-            file = copy / "core" / mutant.file
+            file = copy / mutant.file
             file.write_text(patch(file.read_text(), mutant))
         yield Path(name)
 
@@ -126,7 +126,12 @@ def _cpu_of_children() -> float:
 def try_suites(mutant: Mutant | None, suites: Sequence[str], limit_s: int) -> dict[str, Outcome]:
     """The outcome of each suite; ``mutant`` None: the code as it is, which must pass."""
     with overlay(mutant) as path:
-        return {name: run(SUITES[name], path, limit_s) for name in suites}
+        return {name: run(SUITES[name], path, limit_s) for name in suites if mutant is None or is_for(name, mutant)}
+
+
+def is_for(suite: str, mutant: Mutant) -> bool:
+    """Whether the suite is about what the mutant breaks."""
+    return (suite == "blocks") != mutant.file.startswith("core/")
 
 
 def sample_of(mutant: Mutant, outcomes: dict[str, Outcome]) -> dict[str, Any]:
@@ -143,7 +148,9 @@ def row_of(sample: dict[str, Any]) -> dict[str, Any]:
     """One mutant's line in the table: the killing test, and which suites find it alone."""
     suites = sample["suites"]
     killers = [o["killed_by"] for o in suites.values() if o["killed_by"]]
-    seconds = {name: f"{o['cpu_s']:.1f} s" if o["killed_by"] else "-" for name, o in suites.items()}
+    seconds = dict.fromkeys(SUITES, "") | {
+        name: f"{o['cpu_s']:.1f} s" if o["killed_by"] else "-" for name, o in suites.items()
+    }
     return {"mutant": sample["mutant"], "killed_by": killers[0] if killers else SURVIVED.upper(), **seconds}
 
 
@@ -171,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 if every mutant was killed, 1 if one survived, 2 if they could not be tried."""
     args = _parser().parse_args(argv)
     chosen = [m for m in MUTANTS if not args.only or any(word in m.name for word in args.only)]
+    chosen = [m for m in chosen if any(is_for(suite, m) for suite in args.suites)]
     try:
         samples = try_all(chosen, args.suites, args.limit)
     except ConfigError as error:

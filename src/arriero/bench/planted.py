@@ -1,4 +1,4 @@
-"""The faults that `make mutants` plants in `arriero.core`, one at a time."""
+"""The faults that `make mutants` plants in the protocol and in the checksums of KV blocks, one at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class Mutant:
 
     def __init__(self, name: str, file: str, *edits: tuple[str, str]) -> None:
         self.name = name
-        self.file = file  #: under arriero/core
+        self.file = file  #: under arriero
         self.edits = edits
 
 
@@ -16,7 +16,7 @@ MUTANTS = (
     # The commit point
     Mutant(
         "resume on commit timeout",
-        "migration.py",
+        "core/migration.py",
         (
             """        if self.state is State.COMMITTING or self._poll_s is not None:
 """,
@@ -28,7 +28,7 @@ MUTANTS = (
     ),
     Mutant(
         "resume when the destination has delivered",
-        "migration.py",
+        "core/migration.py",
         (
             "        delivered = len(self._tokens) > self._handover.num_output_tokens\n",
             "        delivered = False\n",
@@ -36,7 +36,7 @@ MUTANTS = (
     ),
     Mutant(
         "resume or replay what has finished at the destination",
-        "migration.py",
+        "core/migration.py",
         (
             """        self._wanted = False
         if self.state is State.COMMITTING:
@@ -50,12 +50,12 @@ MUTANTS = (
     ),
     Mutant(
         "commit after abort: DROP is acknowledged, the reservation stays",
-        "destination.py",
+        "core/destination.py",
         ('            self._end_incoming(incoming, "dropped", now)\n', "            pass\n"),
     ),
     Mutant(
         "commit after abort: a refused COMMIT may succeed when asked again",
-        "destination.py",
+        "core/destination.py",
         (
             """            incoming.state, incoming.end_reason = _In.DROPPING, "an import is running"
             raise ProtocolError(incoming.end_reason)
@@ -66,23 +66,23 @@ MUTANTS = (
     ),
     Mutant(
         "commit forgotten while the request runs",
-        "destination.py",
+        "core/destination.py",
         ("if incoming.state is _In.COMMITTED and self._engine.find(incoming.request_id) is not None:", "if False:"),
     ),
     Mutant(
         "route not switched back when COMMIT is refused",
-        "migration.py",
+        "core/migration.py",
         ("                before = [Route(self._source)]\n", "                before = []\n"),
     ),
     Mutant(
         "a hand-over that disagrees with the token log is committed",
-        "migration.py",
+        "core/migration.py",
         ("        if answer.num_output_tokens != len(self._tokens):\n", "        if False:\n"),
     ),
     # The source
     Mutant(
         "free before commit",
-        "source.py",
+        "core/source.py",
         (
             "                outgoing.state, outgoing.answer = _Out.DETACHED, answer\n",
             """                outgoing.state, outgoing.answer = _Out.DETACHED, answer
@@ -92,7 +92,7 @@ MUTANTS = (
     ),
     Mutant(
         "last block not copied",
-        "source.py",
+        "core/source.py",
         (
             "        end = -(-num_computed // self._engine.block_size)\n",
             "        end = num_computed // self._engine.block_size\n",
@@ -100,17 +100,17 @@ MUTANTS = (
     ),
     Mutant(
         "missing epoch check",
-        "source.py",
+        "core/source.py",
         ("        if epoch >= 0 and status.epoch != epoch:\n", "        if False:\n"),
     ),
     Mutant(
         "duplicate token on late output: hand over under a step in flight",
-        "source.py",
+        "core/source.py",
         ("        if status is not None and status.in_flight:\n", "        if False:\n"),
     ),
     Mutant(
         "double release: no tombstone, no owner",
-        "source.py",
+        "core/source.py",
         (
             """        if outgoing.state is _Out.ENDED:
             outgoing.seen_s = now
@@ -130,7 +130,7 @@ MUTANTS = (
     ),
     Mutant(
         "release of what another migration holds",
-        "source.py",
+        "core/source.py",
         (
             """        if released and self._frozen.get(message.request_id) == migration_id:
             del self._frozen[message.request_id]
@@ -142,7 +142,7 @@ MUTANTS = (
     ),
     Mutant(
         "a detached request resumes by itself when its lease runs out",
-        "source.py",
+        "core/source.py",
         (
             "            if outgoing.state is _Out.COPYING and age > self._config.lease_s:\n",
             "            if outgoing.state in (_Out.COPYING, _Out.DETACHED) and age > self._config.lease_s:\n",
@@ -150,7 +150,7 @@ MUTANTS = (
     ),
     Mutant(
         "a repeated COPY exports again",
-        "source.py",
+        "core/source.py",
         (
             "        if outgoing.answer is not None and message.first != outgoing.answer.end:\n",
             "        if False:\n",
@@ -158,7 +158,7 @@ MUTANTS = (
     ),
     Mutant(
         "staging memory freed under an export",
-        "source.py",
+        "core/source.py",
         (
             """        if not outgoing.exporting:
             self._engine.close_export(migration_id)
@@ -169,7 +169,7 @@ MUTANTS = (
     ),
     Mutant(
         "staging memory leaks",
-        "source.py",
+        "core/source.py",
         (
             """        if not outgoing.exporting:
             self._engine.close_export(migration_id)
@@ -180,7 +180,7 @@ MUTANTS = (
     # The destination
     Mutant(
         "leak on refused reserve",
-        "destination.py",
+        "core/destination.py",
         (
             """            except ArrieroError:
                 self._discard_parked(message.request_id)
@@ -194,7 +194,7 @@ MUTANTS = (
     ),
     Mutant(
         "lease expiry during an import frees the blocks",
-        "destination.py",
+        "core/destination.py",
         (
             "            if incoming.state is _In.RESERVED and age > self._config.lease_s:\n",
             "            if incoming.state in (_In.RESERVED, _In.IMPORTING) and age > self._config.lease_s:\n",
@@ -202,7 +202,7 @@ MUTANTS = (
     ),
     Mutant(
         "DROP during an import frees the blocks",
-        "destination.py",
+        "core/destination.py",
         (
             '            incoming.state, incoming.end_reason = _In.DROPPING, "dropped"\n',
             '            self._end_incoming(incoming, "dropped", now)\n',
@@ -210,18 +210,18 @@ MUTANTS = (
     ),
     Mutant(
         "tokens told twice",
-        "destination.py",
+        "core/destination.py",
         ("        news = output_token_ids[incoming.known - known :]\n", "        news = output_token_ids\n"),
     ),
     # The owner
     Mutant(
         "lost abort during a move: the source resumes for nobody",
-        "migration.py",
+        "core/migration.py",
         ("            stays = self._wanted and not delivered\n", "            stays = not delivered\n"),
     ),
     Mutant(
         "lost abort during a move: the destination is not told",
-        "migration.py",
+        "core/migration.py",
         (
             "                return [Abort(self.destination)]  # behind COMMIT on the same connection\n",
             "                return []\n",
@@ -229,7 +229,7 @@ MUTANTS = (
     ),
     Mutant(
         "DETACH waits for ever for a token",
-        "migration.py",
+        "core/migration.py",
         (
             """        if self.state is State.ALIGNING and now < self._give_up_s:
             return self._detach(now)
@@ -241,7 +241,7 @@ MUTANTS = (
     ),
     Mutant(
         "DETACH is sent with every token",
-        "migration.py",
+        "core/migration.py",
         (
             "        return self._detach(now) if self.state is State.ALIGNING else []\n",
             "        return self._detach(now)\n",
@@ -249,7 +249,7 @@ MUTANTS = (
     ),
     Mutant(
         "an answer of an earlier stage is taken for this one's",
-        "migration.py",
+        "core/migration.py",
         (
             "    return not (answer.ok and isinstance(message, Copy | Load)) or answer.first == message.first\n",
             "    return True\n",
@@ -257,12 +257,12 @@ MUTANTS = (
     ),
     Mutant(
         "lost with its source: no replay",
-        "migration.py",
+        "core/migration.py",
         ("        replay = self._wanted and self._source_lost\n", "        replay = False\n"),
     ),
     Mutant(
         "clean-up is not asked for again",
-        "migration.py",
+        "core/migration.py",
         (
             "        return [*self._unacknowledged.values(), WakeAt(self._deadline())]\n",
             "        return [WakeAt(self._deadline())]\n",
@@ -271,13 +271,13 @@ MUTANTS = (
     # Recovery and draining
     Mutant(
         "a bystander is given up with the culprit",
-        "suspects.py",
+        "core/suspects.py",
         ("            return culprits or set(running)\n", "            return set(running)\n"),
     ),
-    Mutant("two suspects on trial at once", "suspects.py", ("        if self.on_trial:\n", "        if False:\n")),
+    Mutant("two suspects on trial at once", "core/suspects.py", ("        if self.on_trial:\n", "        if False:\n")),
     Mutant(
         "given up for a death before it ran",
-        "suspects.py",
+        "core/suspects.py",
         (
             "        culprits = {r for r in running if r in self._records and self._records[r].is_on_trial}\n",
             "        culprits = set(self.on_trial)\n",
@@ -285,17 +285,17 @@ MUTANTS = (
     ),
     Mutant(
         "a place is never fenced",
-        "restarts.py",
+        "core/restarts.py",
         ("        if len(deaths) >= config.max_deaths:\n", "        if False:\n"),
     ),
     Mutant(
         "a machine that stood still makes all instances hang",
-        "watchdog.py",
+        "core/watchdog.py",
         ("min(now - self._ticked_s, 2 * self.tick_s)", "now - self._ticked_s"),
     ),
     Mutant(
         "a drain waits for ever for what cannot move with its cache",
-        "draining.py",
+        "core/draining.py",
         (
             "        if need and (has_failed or not fits):\n",
             "        if need and not fits:\n            return None\n        if False:\n",
@@ -303,7 +303,45 @@ MUTANTS = (
     ),
     Mutant(
         "a drain moves all at once",
-        "draining.py",
+        "core/draining.py",
         ("                if num_free <= 0 or not", "                if not"),
+    ),
+    # Checksums of KV blocks
+    Mutant(
+        "damaged blocks are taken",
+        "transport/checksum.py",
+        ("        if expected != self.value:\n", "        if False:\n"),
+    ),
+    Mutant(
+        "blocks without a checksum are taken",
+        "transport/checksum.py",
+        ("        if expected != self.value:\n", "        if expected is not None and expected != self.value:\n"),
+    ),
+    Mutant(
+        "only the last slice is checked",
+        "transport/checksum.py",
+        ("        self._hash.update(part.data)\n", "        self._hash = xxhash.xxh3_64(part.data)\n"),
+    ),
+    Mutant(
+        "vLLM's worker does not look at the checksum",
+        "vllm/worker.py",
+        ("scatter(job.block_ids, stage, pacer).require(job.ticket)\n", "scatter(job.block_ids, stage, pacer)\n"),
+    ),
+    Mutant(
+        "the importer's checksum is of what it had before",
+        "vllm/blocks.py",
+        (
+            """            checksum.add(part)
+            layer.scatter(index, part)
+""",
+            """            layer.scatter(index, part)
+            checksum.add(part * 0)
+""",
+        ),
+    ),
+    Mutant(
+        "the simulated engine does not look at the checksum",
+        "sim/transport_copier.py",
+        ("        checksum.require(ticket)\n", "        pass\n"),
     ),
 )

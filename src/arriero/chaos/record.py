@@ -235,6 +235,7 @@ def summarise_real(runs: Sequence[dict[str, Any]]) -> Part:
     return {
         "runs": list(runs),
         "summary": rows,
+        "kills": kill_rows(runs),
         "targets": [
             Target.at_least("real: SIGKILLs of engines", num_kills, MIN_KILLS),
             Target.at_least(
@@ -248,6 +249,26 @@ def summarise_real(runs: Sequence[dict[str, Any]]) -> Part:
             ),
         ],
     }
+
+
+def kill_rows(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How soon kills were known and how long they were felt, by how many instances were left."""
+    kills = [f for run in runs for f in run["faults"] if f["action"] == "kill" and "felt_s" in f]
+    rows = []
+    for num_up in sorted({f["num_up"] for f in kills}, reverse=True):
+        here = [f for f in kills if f["num_up"] == num_up]
+        known = [f["detection_s"] for f in here if "detection_s" in f]
+        felt = [f["felt_s"] for f in here]
+        rows.append(
+            {
+                "instances left": num_up - 1,
+                "kills": len(here),
+                "known after, max s": max(known, default=float("nan")),
+                "felt P50 s": percentile(felt, 50.0),
+                "felt max s": max(felt),
+            }
+        )
+    return rows
 
 
 # ---------------------------------------------------------------------- the record
@@ -320,6 +341,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             part = merge(name, PARTS[name](args)["runs"], parts.get(name))
             command = " ".join(["make chaos", f'ARGS="{" ".join(argv if argv is not None else sys.argv[1:])}"'])
             parts[name] = {**part, "command": command, **report.environment()}
+            if part.get("kills"):
+                report.print_table(f"{TITLES[name]}: the kills", part["kills"])
             report.print_table(TITLES[name], part["summary"], part["targets"])
             targets = [t for p in parts.values() for t in p["targets"]]
             report.write("chaos", [], targets, parts=parts)

@@ -15,7 +15,7 @@ import aiohttp
 from arriero.bench.client import Client
 from arriero.chaos.backends import Backend, Backends, signal_tree
 from arriero.chaos.load import Load
-from arriero.chaos.scoreboard import Outcome, Struck, row
+from arriero.chaos.scoreboard import Outcome, Struck, measure, row
 from arriero.chaos.script import Action, Fault, Script
 
 POLL_S = 0.02
@@ -77,18 +77,20 @@ class Run:
         never = [f for f, result in zip(script.faults, ended, strict=True) if isinstance(result, BaseException)]
         now = perf_counter()
         self._struck += [Struck(action=f.action, target="-", at_s=now, skipped="its moment never came") for f in never]
-        return Result(system, sorted(self._struck, key=lambda s: s.at_s), self._load.outcomes)
+        struck = sorted(self._struck, key=lambda s: s.at_s)
+        measure([s for s in struck if s.skipped is None], self._load.outcomes)
+        return Result(system, struck, self._load.outcomes)
 
     # ------------------------------------------------------------------ faults
 
     async def _wait_and_strike(self, fault: Fault) -> None:
         await self._moment(fault)
-        backend = await self._choose(fault)
+        backend, num_up = await self._choose(fault)
         if backend is None:
-            self._note(fault, "-", "no backend was up")
+            self._note(fault, "-", 0, "no backend was up")
             return
         task = asyncio.create_task(
-            self._strike(fault, backend)
+            self._strike(fault, backend, num_up)
         )  # not cut short by the end of the load: SIGCONT must come
         self._acting.add(task)
         task.add_done_callback(self._acting.discard)
@@ -125,19 +127,20 @@ class Run:
             first = False
             await asyncio.sleep(POLL_S)
 
-    async def _choose(self, fault: Fault) -> Backend | None:
+    async def _choose(self, fault: Fault) -> tuple[Backend | None, int]:
+        """Whom to strike, of how many that are up."""
         deadline = perf_counter() + UP_TIMEOUT_S
         while perf_counter() < deadline:
             up = list(await self._backends.up())
             if fault.target is not None and fault.target < len(up):
-                return up[fault.target]
+                return up[fault.target], len(up)
             if fault.target is None and up:
-                return self._rng.choice(up)
+                return self._rng.choice(up), len(up)
             await asyncio.sleep(POLL_S)
-        return None
+        return None, 0
 
-    async def _strike(self, fault: Fault, backend: Backend) -> None:
-        noted = self._note(fault, backend.name)
+    async def _strike(self, fault: Fault, backend: Backend, num_up: int) -> None:
+        noted = self._note(fault, backend.name, num_up)
         match fault.action:
             case Action.KILL:
                 signal_tree(backend.pid, signal.SIGKILL)
@@ -154,8 +157,8 @@ class Run:
         if noted.skipped is not None:
             self._say(f"  {fault.action} of {backend.name} skipped: {noted.skipped}")
 
-    def _note(self, fault: Fault, target: str, skipped: str | None = None) -> Struck:
-        struck = Struck(action=fault.action, target=target, at_s=perf_counter(), skipped=skipped)
+    def _note(self, fault: Fault, target: str, num_up: int, skipped: str | None = None) -> Struck:
+        struck = Struck(action=fault.action, target=target, at_s=perf_counter(), num_up=num_up, skipped=skipped)
         self._struck.append(struck)
         self._say(f"  {perf_counter() - self._started_s:6.1f} s: {fault.action} {target}")
         return struck

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -77,12 +77,13 @@ class Struck:
     target: str
     at_s: float
     skipped: str | None = None
+    num_up: int = 0  #: backends that were up, the one that was struck among them
     detection_s: float | None = None  #: from a SIGKILL until the server knew, if it says
+    felt_s: float | None = None  #: see :func:`recovery_s`
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        found = {"action": self.action, "target": self.target, "at_s": round(self.at_s, 4), "skipped": self.skipped}
-        return found | ({} if self.detection_s is None else {"detection_s": round(self.detection_s, 4)})
+        return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items() if v is not None}
 
 
 def judge(reply: Reply, reference: Reply, *, hung: bool = False) -> tuple[Verdict, str | None]:
@@ -123,6 +124,13 @@ def recovery_s(at_s: float, until_s: float, outcomes: Iterable[Outcome]) -> floa
     return felt
 
 
+def measure(done: Sequence[Struck], outcomes: Iterable[Outcome]) -> None:
+    """Note how long each of these faults, in their order, was felt."""
+    ends = [f.at_s for f in done[1:]] + [float("inf")]
+    for fault, end in zip(done, ends, strict=True):
+        fault.felt_s = recovery_s(fault.at_s, end, outcomes)
+
+
 def silence_s(outcome: Outcome, at_s: float) -> float:
     """The longest silence after ``at_s`` that began at once; a chunk may have been on its way to the client."""
     times = [at_s, *(t for t in outcome.arrivals_s if t > at_s)]
@@ -141,8 +149,8 @@ def failed_after(faults: Sequence[Struck], outcomes: Iterable[Outcome]) -> int:
 def row(system: str, faults: Sequence[Struck], outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """A line of the scoreboard."""
     done = [f for f in faults if f.skipped is None]
-    ends = [f.at_s for f in done[1:]] + [float("inf")]
-    felt = [recovery_s(f.at_s, end, outcomes) for f, end in zip(done, ends, strict=True)]
+    measure(done, outcomes)
+    felt = [f.felt_s for f in done if f.felt_s is not None]
     verdicts = Counter(o.verdict for o in outcomes)
     counts = Counter(f.action for f in done)
     return {
