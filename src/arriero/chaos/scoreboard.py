@@ -83,7 +83,8 @@ class Struck:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items() if v is not None}
+        found = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        return {k: v for k, v in found.items() if v is not None or k == "skipped"}
 
 
 def judge(reply: Reply, reference: Reply, *, hung: bool = False) -> tuple[Verdict, str | None]:
