@@ -313,8 +313,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(default: 1 to 5)")
     parser.add_argument("--per-start", type=int, default=1, help="seeds between two starts (default: %(default)s)")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="(default: all)")
-    parser.add_argument("--requests", type=int, default=130, help="of a seed (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=2.2, help="requests a second (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=120, help="of a seed (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=1.4, help="requests a second (default: %(default)s)")
     parser.add_argument("--cv", type=float, default=4.0, help="of the gaps (default: %(default)s)")
     parser.add_argument("--longest", type=int, default=1200, help="prompt, and output (default: %(default)s)")
     parser.add_argument("--engines", type=int, default=2, help="(default: %(default)s)")
@@ -324,8 +324,8 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--model", default=None, help="model folder (default: the bundled model)")
     group.add_argument("--port", type=int, default=8140, help="and the ones after it (default: %(default)s)")
     group.add_argument("--max-model-len", type=int, default=3072, help="(default: %(default)s)")
-    group.add_argument("--kv-cache-memory-bytes", type=int, default=138_240_000, help="(default: %(default)s)")
-    group.add_argument("--block-size", type=int, default=128, help="vLLM's default on a CPU (default: %(default)s)")
+    group.add_argument("--kv-cache-memory-bytes", type=int, default=94_371_840, help="(default: %(default)s)")
+    group.add_argument("--block-size", type=int, default=32, help="(default: %(default)s; vLLM's on a CPU is 128)")
     group.add_argument("--start-timeout", type=float, default=600.0, help="seconds (default: %(default)s)")
     return parser
 
