@@ -142,8 +142,16 @@ def _event_log(options: ServeOptions) -> EventLog:
 class ClusterLLM(AsyncLLM):
     """vLLM's front end engine; what it ends with is ours."""
 
+    _is_shut_down = False
+
     def shutdown(self, timeout: float | None = None) -> None:
-        """Requests end first: vLLM would take the tokenizer away from those that still come, before anything else."""
+        """Requests end first: vLLM would take the tokenizer away from those that still come, before anything else.
+
+        Idempotent: vLLM calls it once more as the object is collected, when the interpreter may be half gone.
+        """
+        if self._is_shut_down:
+            return
+        self._is_shut_down = True
         client = getattr(self, "engine_core", None)
         if client is not None:
             client.finish(timeout)
