@@ -67,6 +67,29 @@ def test_a_trial_that_did_not_begin_to_run_proves_nothing() -> None:
     assert suspects.died(["a"]) == {"a"}
 
 
+def test_who_kills_from_outside_gets_nobody_blamed_also_in_a_trial() -> None:
+    suspects = Suspects(CONFIG)
+    for _ in range(5):
+        assert suspects.died(["a", "b"], from_outside=True) == set()
+    for _ in range(2):
+        suspects.died(["a", "b"])
+    assert suspects.begin_replay("a")
+    assert suspects.died(["a", "b"], from_outside=True) == set()
+    assert suspects.begin_replay("a"), "its trial goes on"
+    assert not suspects.begin_replay("b")
+    assert suspects.died(["a", "b"]) == {"a"}
+
+
+def test_who_is_killed_from_outside_over_and_over_is_blamed_in_the_end() -> None:
+    """A guard of the machine's memory may kill because of what the request does."""
+    suspects = Suspects(RecoveryConfig(max_replays=2, max_outside_kills=3))
+    deaths = 0
+    while not suspects.died(["a"], from_outside=True):
+        deaths += 1
+        assert suspects.begin_replay("a")
+    assert deaths == 3 + 2
+
+
 def test_a_suspect_that_ends_makes_room() -> None:
     suspects = Suspects(CONFIG)
     for _ in range(2):
@@ -78,6 +101,7 @@ def test_a_suspect_that_ends_makes_room() -> None:
 
 def test_without_replays_the_first_death_is_the_last() -> None:
     assert Suspects(RecoveryConfig(max_replays=0)).died(["a", "b"]) == {"a", "b"}
+    assert Suspects(RecoveryConfig(max_replays=0)).died(["a", "b"], from_outside=True) == {"a", "b"}
 
 
 def test_with_one_replay_that_one_is_the_trial() -> None:

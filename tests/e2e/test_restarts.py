@@ -126,6 +126,26 @@ async def test_without_restarts_new_requests_are_refused_when_the_time_is_up() -
         fleet.errors()
 
 
+async def test_a_stream_outlives_any_number_of_instances_that_somebody_kills() -> None:
+    """It is never blamed for that, although it is among the running at every death."""
+    recovery = RecoveryConfig(
+        backoff_s=0.01, max_backoff_s=0.01, max_deaths=99, retry_s=0.05, no_instance_timeout_s=WAIT_S,
+        max_replays=1, probation_tokens=1000,
+    )  # fmt: skip
+    async with fleet_of(1, engine=ENGINE, recovery=recovery) as fleet:
+        streams = [fleet.submit(60, 200, seed=i) for i in range(2)]
+        for _ in range(5):
+            await fleet.until(lambda: bool(fleet.ready))
+            await fleet.at_least(len(streams[0].tokens) + 5, streams[0])
+            (victim,) = fleet.ready
+            fleet.kill(victim)
+            await fleet.dead(victim)
+        await fleet.ended(*streams)
+        assert [s.finish for s in streams] == ["length", "length"]
+        fleet.expect_deaths()
+        await fleet.assert_clean()
+
+
 # ---------------------------------------------------------------------- poison
 
 POISON = 40_001

@@ -53,6 +53,7 @@ class World:
         self.left: list[Instance] = []
         self.asked: list[InstanceId] = []
         self.lines: list[str] = []
+        self.memory_ran_out = False
         self.instances = Instances(
             self.launcher,
             lambda instance, place: LaunchSpec(module="some.module", payload=f"{instance} at {place}".encode()),
@@ -61,6 +62,7 @@ class World:
             on_joined=self.joined.append,
             on_lost=lambda instance, returncode: self.lost.append((instance, returncode)),
             progress=self.lines.append,
+            memory_ran_out=lambda: self.memory_ran_out,
         )
 
     def launch(self) -> asyncio.Future[Instance]:
@@ -322,3 +324,18 @@ async def test_one_that_is_told_to_end_and_has_to_be_killed_has_ended_all_the_sa
     assert await ended == -9
     assert ([i.instance_id for i in world.left], world.lost, caplog.text) == ([0], [], "")
     assert "instance 0: killed: it is empty" in world.lines
+
+
+@pytest.mark.parametrize(
+    ("returncode", "by_us", "memory_ran_out", "from_outside"),
+    [(-9, False, False, True), (-9, True, False, False), (-9, False, True, False), (1, False, False, False)],
+)
+async def test_a_kill_from_outside_is_told_from_other_deaths(
+    world: World, returncode: int, by_us: bool, memory_ran_out: bool, from_outside: bool
+) -> None:
+    world.memory_ran_out = memory_ran_out
+    instance = await world.ready()
+    if by_us:
+        world.instances.kill(0, "hung")
+    world.instances.on_exit(0, returncode)
+    assert instance.died_from_outside is from_outside

@@ -79,6 +79,7 @@ class RecoveryConfig:
     window_s: float = 600.0
     hang_timeout_s: float = 60.0  #: silence after which an instance counts as hung and is killed; 0: never
     max_replays: int = 2  #: of a request that its instance died under
+    max_outside_kills: int = 10  #: deaths by somebody's SIGKILL that a request is not blamed for
     probation_tokens: int = 8  #: a suspect that has produced so many since its replay is cleared
     retry_s: float = 0.25  #: between two tries to place a request
     no_instance_timeout_s: float = 120.0  #: a server's :attr:`SchedulerConfig.no_instance_timeout_s`
@@ -86,6 +87,7 @@ class RecoveryConfig:
     def __post_init__(self) -> None:
         _require(self.max_deaths >= 1, "max_deaths", self.max_deaths, "1 or more")
         _require(self.max_replays >= 0, "max_replays", self.max_replays, "0 or more")
+        _require(self.max_outside_kills >= 0, "max_outside_kills", self.max_outside_kills, "0 or more")
         _require(self.probation_tokens >= 1, "probation_tokens", self.probation_tokens, "1 or more")
         for name in ("backoff_s", "hang_timeout_s", "no_instance_timeout_s"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more seconds")

@@ -3,7 +3,7 @@
 A request that was running when its instance died is a suspect: it has one more death to answer for. The last replay of
 a suspect is its *trial*, and no other is on trial meanwhile: if its instance dies as well, it is known whose fault that
 is. Only then is a request given up. A neighbour is cleared as soon as it has produced some tokens, and the next one is
-tried.
+tried. What somebody outside has killed proves nothing, unless it happens over and over.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from arriero.core.types import InstanceSnapshot, Phase, RequestId
 @dataclass(slots=True)
 class _Record:
     num_deaths: int = 0  # that it may have caused
+    num_outside_kills: int = 0
     is_on_trial: bool = False
     num_tokens: int = 0  # since its trial began
 
@@ -29,18 +30,27 @@ class Suspects:
         self._config = config
         self._records: dict[RequestId, _Record] = {}
 
-    def died(self, running: Collection[RequestId]) -> set[RequestId]:
+    def died(self, running: Collection[RequestId], *, from_outside: bool = False) -> set[RequestId]:
         """An instance died with these requests running; returns those that are given up.
 
         If one of them was on trial, it did it, and nobody else is blamed. Otherwise it may have been any: all are
-        blamed, but nobody is given up for it (unless no replay is allowed at all).
+        blamed, but nobody is given up for it (unless no replay is allowed at all). ``from_outside``: somebody killed
+        the process. Nobody is blamed then, but for those that have seen ``max_outside_kills`` of that: who kills may
+        do so because of what they do (a guard of a machine's memory, say).
         """
+        if from_outside and self._config.max_replays:
+            running = [r for r in running if self._outlived_too_many(r)]
         culprits = {r for r in running if r in self._records and self._records[r].is_on_trial}
         if culprits or not self._config.max_replays:
             return culprits or set(running)
         for request_id in running:
             self._records.setdefault(request_id, _Record()).num_deaths += 1
         return set()
+
+    def _outlived_too_many(self, request_id: RequestId) -> bool:
+        record = self._records.setdefault(request_id, _Record())
+        record.num_outside_kills += 1
+        return record.num_outside_kills > self._config.max_outside_kills
 
     def begin_replay(self, request_id: RequestId) -> bool:
         """Whether the request may be replayed now. A suspect's trial begins with that, and one at a time is tried."""

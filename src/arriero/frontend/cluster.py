@@ -295,7 +295,8 @@ class Cluster:
         lost = instance.instance_id
         self.events.emit("instance_lost", instance=lost, returncode=returncode)
         routed = self.requests.routed_to(lost)
-        given_up = self.replays.instance_lost(routed, self.scheduler.snapshot_of(lost))
+        last_seen = self.scheduler.snapshot_of(lost)
+        given_up = self.replays.instance_lost(routed, last_seen, from_outside=instance.died_from_outside)
         orphans = [r for r in routed if not self.migrations.is_moving(r.request_id)]
         commands = self._forget_instance(lost)
         for request in given_up:

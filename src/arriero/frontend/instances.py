@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from arriero.core.errors import LaunchError, NotFoundError
 from arriero.core.restarts import Place
 from arriero.core.types import InstanceId, InstanceState
+from arriero.launch.memory import OutOfMemory
 from arriero.launch.port import Launcher, LaunchSpec
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ class Instance:
     ready_payload: bytes = b""
     is_ending: bool = False  #: on our order
     is_refused: bool = False  #: it may not join
+    is_killed: bool = False  #: by us
+    died_from_outside: bool = False  #: by a SIGKILL that is neither ours nor the kernel's, for memory
 
     @property
     def serves(self) -> bool:
@@ -60,6 +63,7 @@ class Instances:
         on_drain_asked: Callable[[InstanceId], None],
         progress: Progress,
         refusal: Callable[[bytes], str | None] = lambda payload: None,
+        memory_ran_out: Callable[[], bool] | None = None,
     ) -> None:
         self.make_spec = make_spec  #: of the next launches
         self._launcher = launcher
@@ -69,6 +73,7 @@ class Instances:
         self._on_drain_asked = on_drain_asked
         self._progress = progress
         self._refusal = refusal
+        self._memory_ran_out = memory_ran_out or OutOfMemory().happened
         self._instances: dict[InstanceId, Instance] = {}
         self._starting: dict[InstanceId, asyncio.Future[Instance]] = {}
         self._ends: dict[InstanceId, asyncio.Future[int]] = {}
@@ -163,7 +168,7 @@ class Instances:
             self._progress(f"instance {instance}: killed: {why}")
         else:
             logger.error("instance %d is killed: %s", instance, why)
-        record.stage = why
+        record.stage, record.is_killed = why, True
         self._launcher.kill(instance)
 
     def close(self, timeout_s: float) -> None:
@@ -223,6 +228,8 @@ class Instances:
         """Its process is gone (from the launcher)."""
         record = self._instances[instance]
         was, record.state = record.state, InstanceState.DEAD
+        memory_ran_out = self._memory_ran_out()
+        record.died_from_outside = returncode == -signal.SIGKILL and not record.is_killed and not memory_ran_out
         self._ends.pop(instance).set_result(returncode)
         if self._closing:
             return

@@ -57,10 +57,14 @@ class Replays:
 
     # ------------------------------------------------------------------ what happens
 
-    def instance_lost(self, requests: Sequence[LiveRequest], last_seen: InstanceSnapshot | None) -> list[LiveRequest]:
-        """An instance died with these requests in its care. Returns those that it is not to be tried with again."""
+    def instance_lost(
+        self, requests: Sequence[LiveRequest], last_seen: InstanceSnapshot | None, *, from_outside: bool
+    ) -> list[LiveRequest]:
+        """An instance died with these requests in its care; ``from_outside``: somebody killed it. Returns those that it
+        is not to be tried with again.
+        """
         running = may_have_run([r.request_id for r in requests], last_seen)
-        given_up = self._suspects.died(running)
+        given_up = self._suspects.died(running, from_outside=from_outside)
         return [r for r in requests if r.request_id in given_up]
 
     def produced(self, request_id: RequestId, num_tokens: int) -> None:

@@ -20,21 +20,27 @@ import msgspec
 from arriero.core.errors import LaunchError
 from arriero.core.types import InstanceId
 from arriero.launch.child import CORES_ENV, END_SIGNAL, STATUS_FD_ENV
+from arriero.launch.exiting import exit_code_ahead, open_stat
 from arriero.launch.leftovers import reclaim, shared_memory_of_group
 from arriero.launch.port import Launched, LaunchEvents, LaunchSpec
+
+LOOK_S = 0.03
+"""Ten microseconds of work for each instance."""
 
 
 @dataclass(slots=True)
 class _Child:
     process: subprocess.Popen[bytes]
     pidfd: int
+    stat_fd: int
     status_fd: int
+    is_told: bool = False  # its end
     status_buffer: bytes = b""
     left: set[Path] = field(default_factory=set)  # shared memory that it had when it was killed
 
 
 class LocalLauncher:
-    """Starts instances with ``subprocess``; a pidfd tells at once when one ends.
+    """Starts instances with ``subprocess``; a look into ``/proc`` every ``LOOK_S`` or a pidfd tells when one ends.
 
     ``start`` must be called on the main thread: the child asks the kernel for a signal at the death of
     its parent *thread*.
@@ -68,9 +74,11 @@ class LocalLauncher:
                 raise LaunchError(f"instance {instance} could not be started: {error}") from error
             finally:
                 os.close(status_write)
-        child = self._children[instance] = _Child(process, os.pidfd_open(process.pid), status_read)
+        pid = process.pid
+        child = self._children[instance] = _Child(process, os.pidfd_open(pid), open_stat(pid), status_read)
         loop.add_reader(child.pidfd, self._exited, loop, instance, child, events)
         loop.add_reader(child.status_fd, self._status, loop, instance, child, events)
+        loop.call_later(LOOK_S, self._look, loop, instance, child, events)
         return Launched(pid=process.pid, host=socket.gethostname())
 
     def end(self, instance: InstanceId) -> None:
@@ -120,12 +128,25 @@ class LocalLauncher:
         loop.remove_reader(child.pidfd)
         loop.remove_reader(child.status_fd)
         self._stop([child], 1.0)
-        os.close(child.pidfd)
-        os.close(child.status_fd)
+        for fd in (child.pidfd, child.stat_fd, child.status_fd):
+            os.close(fd)
         if self._children.get(instance) is child:
             del self._children[instance]
         self._sweep()
-        events.on_exit(instance, child.process.returncode)
+        if not child.is_told:
+            child.is_told = True
+            events.on_exit(instance, child.process.returncode)
+
+    def _look(self, loop: asyncio.AbstractEventLoop, instance: InstanceId, child: _Child, events: LaunchEvents) -> None:
+        """Tell of an end that has begun; what is left is removed when it is over."""
+        if child.is_told:
+            return
+        returncode = exit_code_ahead(child.stat_fd)
+        if returncode is None:
+            loop.call_later(LOOK_S, self._look, loop, instance, child, events)
+        else:
+            child.is_told = True
+            events.on_exit(instance, returncode)
 
     @staticmethod
     def _status(loop: asyncio.AbstractEventLoop, instance: InstanceId, child: _Child, events: LaunchEvents) -> None:
