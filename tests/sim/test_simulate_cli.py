@@ -49,6 +49,45 @@ def test_json_and_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert log.read_bytes() == events
 
 
+def test_instances_die(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "log"
+    arguments = [AZURE, "--instances", "2", "--kill", "9:1", "--kill", "5:0", "--events", str(log)]
+    assert simulate(*arguments) == 0
+    lines = {line.strip().partition("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert lines["lost instances"][-1] == "2"
+    assert int(lines["replays"][-1]) > 0
+    events = log.read_bytes()
+    assert simulate(*arguments) == 0
+    assert log.read_bytes() == events
+    capsys.readouterr()
+    assert simulate(AZURE, "--instances", "2") == 0
+    assert "replays" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kill", "30"], "--kill 30 is invalid: give a time in seconds and an instance, as in --kill 30:2"),
+        (["--kill=-1:2"], "--kill -1:2 is invalid: the time must be 0 or more seconds"),
+        (["--kill", "30:16"], "--kill 30:16 is invalid: there is no instance 16 at that time, name one from 0 to 15"),
+        (["--horizon", "5"], "--horizon 5 is for --policy clairvoyant: no other policy knows the future"),
+        (["--policy", "clairvoyant", "--horizon", "-5"], "horizon_s=-5.0 is invalid: it must be 0 or more seconds"),
+    ],
+)
+def test_bad_futures_give_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate(AZURE, *arguments) == 2
+    assert capsys.readouterr().err == f"arriero simulate: {message}\n"
+
+
+def test_the_horizon_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for horizon in ("0", "5"):
+        arguments = ["--workload", "M-M", "--rate", "1.6", "--num-requests", "200", "--instances", "2", "--json"]
+        assert simulate(*arguments, "--policy", "clairvoyant", "--horizon", horizon) == 0
+        found.append(json.loads(capsys.readouterr().out)["policies"]["clairvoyant"]["ttft_s"]["mean"])
+    assert found[0] != found[1]
+
+
 def test_several_policies_have_a_log_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         simulate(AZURE, "--policy", "freeness,arriero", "--events", str(tmp_path / "log"), "--num-requests", "5") == 0

@@ -293,7 +293,7 @@ def moved(
     def move() -> None:
         record = simulator.records[who]
         source, destination = record.instance, 1 - record.instance
-        if simulator.migrations.start(record, destination, mode, "test"):
+        if simulator.migrations.move(record, destination, mode, "test"):
             simulator.scheduler.migration_started(who, source, destination, simulator.kernel.now)
 
     for number in range(num_moves):
@@ -385,7 +385,8 @@ def test_the_summary_of_a_busy_run_is_complete() -> None:
 def test_who_knows_when_each_request_ends_preempts_hardly_anybody() -> None:
     found = {}
     for policy in ("infaas", "arriero", "clairvoyant"):
-        config = SimulatorConfig(engine=engine(**TIGHT), num_instances=4, scheduler=scheduler_config(policy))
+        scheduler = scheduler_config(policy, horizon_s=0.0)
+        config = SimulatorConfig(engine=engine(**TIGHT), num_instances=4, scheduler=scheduler)
         found[policy] = summarize(simulate(busy(1), config)[0])["num_preemptions"]
     assert found["clairvoyant"] < found["arriero"] < found["infaas"]
     assert found["clairvoyant"] <= 2

@@ -7,7 +7,6 @@ requests do not starve, and small ones do not wait behind them (EASY backfilling
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Set
 
 from arriero.core.config import QueueingConfig
@@ -94,40 +93,20 @@ class LateBinding:
             return float("-inf")
         free = snapshot.num_free_blocks - snapshot.waiting_demand_blocks
         free -= view.ledger.pending_blocks(instance, snapshot.block_size)
-        if config.trusts_max_tokens:
-            return snapshot.num_blocks - peak_blocks(view, instance)
-        # Each running request grows, but those that end make up for it: the more there are, the less of it is needed.
-        return free - min(config.reserve_blocks_per_running * batch, config.reserve_share * snapshot.num_blocks)
+        return self._blocks_left(view, instance, free, batch)
+
+    def _blocks_left(self, view: ClusterView, instance: InstanceId, free: float, batch: int) -> float:
+        """What is left of the ``free`` blocks once the requests of the batch have grown: each of them grows, but those
+        that end make up for it. The more there are, the less of it is needed.
+        """
+        config, num_blocks = self._config, view.snapshots[instance].num_blocks
+        return free - min(config.reserve_blocks_per_running * batch, config.reserve_share * num_blocks)
 
     def _fits(self, request: Dispatchable, view: ClusterView, instance: InstanceId, room: float) -> bool:
-        """Whether the request may start in ``room``; if ends are trusted, whether memory suffices until then."""
-        snapshot = view.snapshots.get(instance)
-        if snapshot is None or not self._config.trusts_max_tokens:
-            return room >= self._demand(request, view, instance)
-        return not math.isinf(room) and peak_blocks(view, instance, request) <= snapshot.num_blocks
+        """Whether the request may start in ``room``."""
+        return room >= self._demand(request, view, instance)
 
     @staticmethod
     def _demand(request: Dispatchable, view: ClusterView, instance: InstanceId) -> int:
         snapshot = view.snapshots.get(instance)
         return 0 if snapshot is None else -(-(request.num_prompt_tokens + 1) // snapshot.block_size)
-
-
-def peak_blocks(view: ClusterView, instance: InstanceId, more: Dispatchable | None = None) -> int:
-    """The most blocks that the instance's requests, and ``more``, will hold at a time if all of them run from now on, a
-    token a step, and end at their ``max_tokens``; a partial block each included.
-    """
-    snapshot = view.snapshots[instance]
-    ends: list[tuple[int, int]] = []  # (tokens to come, tokens now)
-    for seen in snapshot.requests:
-        facts = view.ledger.facts_of(seen.request_id)
-        left = facts.num_prompt_tokens + facts.max_tokens - seen.num_tokens if facts is not None else 0
-        ends.append((max(1, left), seen.num_tokens))
-    for request in [*view.ledger.pending(instance), *([more] if more is not None else [])]:
-        ends.append((request.max_tokens, request.num_prompt_tokens))
-    ends.sort()
-    now, peak = sum(tokens for _, tokens in ends), 0
-    for number, (left, tokens) in enumerate(ends):
-        num_alive = len(ends) - number
-        peak = max(peak, -(-(now + num_alive * left) // snapshot.block_size) + num_alive)
-        now -= tokens
-    return peak

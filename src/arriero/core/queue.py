@@ -52,6 +52,15 @@ class RequestQueue:
         """Up to so many, in order; the queue may change meanwhile."""
         return iter([entry.request for entry in islice(self._line, num)])
 
+    def shortest(self, num: int, late_s: float) -> Iterator[Dispatchable]:
+        """As :meth:`first`, but among equals the short prompts first, behind those that came before ``late_s``."""
+
+        def place(entry: Queued) -> tuple[tuple[bool, int], int, int]:
+            size = entry.request.num_prompt_tokens if entry.since_s >= late_s else 0
+            return entry.order[:2], size, entry.order[2]
+
+        return iter([entry.request for entry in sorted(islice(self._line, num), key=place)])
+
     def demand(self) -> tuple[int, int]:
         """Requests in the queue, and the tokens that their prompts take."""
         return len(self._line), self._num_tokens

@@ -17,6 +17,7 @@ from arriero.core.config import SchedulerConfig
 from arriero.core.dispatch import MaxFreeness, make_dispatch_policy
 from arriero.core.draining import Evacuation, why_not
 from arriero.core.errors import PolicyError
+from arriero.core.foresight import Foresight
 from arriero.core.ledger import Ledger
 from arriero.core.queue import RequestQueue
 from arriero.core.rebalancing import Rebalancer
@@ -36,7 +37,9 @@ class GlobalScheduler:
         self.view = ClusterView(config.load, random.Random(config.seed))
         self._policy = make_dispatch_policy(config.dispatch_policy)
         self._fallback = MaxFreeness()
-        self._binding = LateBinding(config.queueing) if config.queueing is not None else None
+        queueing = config.queueing
+        self._foresight = Foresight(queueing) if queueing is not None and queueing.trusts_max_tokens else None
+        self._binding = self._foresight or (LateBinding(queueing) if queueing is not None else None)
         self._queue = RequestQueue()
         self._admission = Admission(config.admission) if config.admission is not None else None
         self._rebalancer = Rebalancer(config.rebalancing) if config.rebalancing is not None else None
@@ -50,18 +53,23 @@ class GlobalScheduler:
     def arrived(self, request: Dispatchable, now: float) -> list[Command]:
         """A new request, or one that must be replayed, wants an instance."""
         self._forget(request.request_id)
-        impossible = self._impossible(request)
-        if impossible is not None:
-            return [Reject(request_id=request.request_id, kind=RejectKind.IMPOSSIBLE, reason=impossible)]
-        overloaded = self._overloaded(request)
-        if overloaded is not None:
-            return [overloaded]
+        refused = self._impossible(request) or self._overloaded(request)
+        if refused is not None:
+            self._forget(request.request_id)  # what was kept for it before it came
+            return [refused]
         self._queue.push(request, now)
         commands = self._bind(now, may_earmark=True)
         if not self.view.candidates and not self.config.no_instance_timeout_s:
             self._queue.remove(request.request_id)
             commands.append(_unavailable(request))
         return commands
+
+    def foretold(self, request: Dispatchable, arrives_s: float, now: float) -> list[Command]:
+        """``request`` will arrive at ``arrives_s``. Only a simulator can say so; heard only if ends are known, too."""
+        if self._foresight is not None:
+            self._foresight.foretell(request, arrives_s)
+            self._foresight.reserve(self.view, now)
+        return []
 
     def snapshot(self, snapshot: InstanceSnapshot, now: float) -> list[Command]:
         """An instance reports its load. Late reports of instances that left are ignored."""
@@ -134,6 +142,8 @@ class GlobalScheduler:
     def tick(self, now: float) -> list[Command]:
         """Time has passed: every ``config.interval_s``."""
         commands = self._bind(now, may_earmark=True) + self._expire(now)
+        if self._foresight is not None:
+            self._foresight.reserve(self.view, now)
         if self._rebalancer is not None:
             commands += self._rebalancer.round(self.view, self._moving, now)
         if self._scaler is not None:
@@ -183,8 +193,11 @@ class GlobalScheduler:
             for request in self._queue.first(depth):
                 self._dispatch(request, self._choose(request, now, commands), commands)
             return commands
-        assert self.config.queueing is not None
-        line = self._queue.first(self.config.queueing.scan_depth)
+        queueing = self.config.queueing
+        assert queueing is not None
+        line = self._queue.first(queueing.scan_depth)
+        if queueing.patience_s:
+            line = self._queue.shortest(queueing.scan_depth, now - queueing.patience_s)
         for request, roomiest in binding.candidates(line, self.view, may_earmark=may_earmark):
             chosen = self._choose(request, now, commands)
             has_room = chosen == roomiest or binding.has_room(request, self.view, chosen)
@@ -249,16 +262,17 @@ class GlobalScheduler:
             self._forget(request.request_id)
         return [_unavailable(request) for request in late]
 
-    def _impossible(self, request: Dispatchable) -> str | None:
+    def _impossible(self, request: Dispatchable) -> Reject | None:
         """Why the request can run nowhere; None if it can, or if no instance has shown its size yet."""
         snapshots = self.view.snapshots.values()
         num_tokens = request.num_prompt_tokens + 1
         if not snapshots or any(num_tokens <= s.num_blocks * s.block_size for s in snapshots):
             return None
         longest = max(s.num_blocks * s.block_size for s in snapshots)
-        return (
+        reason = (
             f"{num_tokens} tokens of KV cache are needed, and no instance has more than {longest}: shorten the prompt"
         )
+        return Reject(request_id=request.request_id, kind=RejectKind.IMPOSSIBLE, reason=reason)
 
     def _overloaded(self, request: Dispatchable) -> Reject | None:
         """Why the request may not wait; None if it may. A replay was promised its place when it first came."""

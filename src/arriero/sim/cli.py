@@ -18,6 +18,7 @@ from rich.table import Table
 from arriero.core.config import EventLogConfig, LogLevel
 from arriero.core.errors import ArrieroError, ConfigError
 from arriero.observe.events import EventLog
+from arriero.sim.kills import parse_kills
 from arriero.sim.options import (
     add_cluster_options,
     add_workload_options,
@@ -44,6 +45,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--rate", type=float, help="requests a second of the workload")
     parser.add_argument("--instances", type=int, default=16, help="number of instances (default: 16)")
     add_cluster_options(parser)
+    parser.add_argument(
+        "--kill",
+        action="append",
+        default=[],
+        metavar="TIME_S:INSTANCE",
+        help="an instance dies at that time, and a new one is started; may be given several times",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--events", type=Path, metavar="FILE", help="write the event log; FILE.POLICY for several")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a picture: FILE.png or FILE.html")
@@ -69,7 +77,10 @@ def run(args: argparse.Namespace) -> int:
         # The pictures need samples even of a run of seconds; a run of hours is sampled once a second.
         span_s = workload.arrivals[-1].arrival_s if workload.arrivals else 0.0
         sample_s = min(1.0, span_s / 200) or 1.0
-        configs = {p: cluster_config(args, p, workload, args.instances, sample_s=sample_s) for p in policies}
+        kills = parse_kills(args.kill)
+        configs = {
+            p: cluster_config(args, p, workload, args.instances, sample_s=sample_s, kills=kills) for p in policies
+        }
         results, summaries = {}, {}
         with progress_bar("simulating", len(policies) * len(workload.arrivals), shown=not args.json) as advance:
             for number, (policy, config) in enumerate(configs.items()):
@@ -160,6 +171,8 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "prefix hits %": lambda s: _percent(s["prefix_hit"]),
     "memory %": lambda s: _percent(s["memory"]),
     "migrations": lambda s: str(s["num_migrations"]),
+    "lost instances": lambda s: str(s["num_lost_instances"] or "-"),
+    "replays": lambda s: str(s["num_replays"]) if s["num_lost_instances"] else "-",
     "downtime mean ms": lambda s: _figure(s["downtime_s"], "mean", 1e3),
     "downtime P99 ms": lambda s: _figure(s["downtime_s"], "p99", 1e3),
     "tokens / s": lambda s: f"{s['tokens_per_s']:.0f}",

@@ -169,6 +169,15 @@ class FastEngine:
         self.free(sequence)
         return True
 
+    def lose_all(self) -> None:
+        """Forget all requests, and the step in flight."""
+        self.segment = None
+        for request_id in list(self.live):
+            self.drop(request_id)
+        for sequence in self.reserved.values():
+            self.free(sequence)
+        self.reserved.clear()
+
     @property
     def num_places_held(self) -> int:
         """Places in the batch of requests that are frozen, or reserved with blocks."""

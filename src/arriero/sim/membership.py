@@ -45,8 +45,16 @@ class Membership(Sequence[VirtualInstance]):
 
     def stop(self, instance: InstanceId, now: float) -> None:
         """It is gone."""
-        del self._present[instance]
+        self._present.pop(instance, None)  # it may have died while it was started
         self.lives[instance].stopped_s = now
+
+    def is_present(self, instance: InstanceId) -> bool:
+        """Whether it serves or drains."""
+        return instance in self._present
+
+    def has_stopped(self, instance: InstanceId) -> bool:
+        """Whether it was there, and is gone."""
+        return not math.isinf(self.lives[instance].stopped_s)
 
     def present(self) -> Iterator[VirtualInstance]:
         """Those that serve or drain."""

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from arriero.core.config import MigrationConfig
-from arriero.core.errors import ProtocolError
 from arriero.core.messages import Answer
 from arriero.core.migration import Migration, State
-from arriero.core.migration_commands import Abort, Command, End, Park, Route, Send, WakeAt
+from arriero.core.migration_commands import Abort, Command, End, Park, Replay, Route, Send, WakeAt
 from arriero.core.pace import StepPace
 from arriero.core.transfer import Stage
 from arriero.core.types import InstanceId, MigrationId, MigrationMode, RequestId
@@ -29,7 +28,7 @@ class MoveReport:
 
     migration_id: MigrationId
     request_id: RequestId
-    source: InstanceId
+    source: InstanceId | None  #: None: a replay
     destination: InstanceId
     mode: MigrationMode
     cause: str
@@ -67,6 +66,7 @@ class VirtualMigrations:
         latency_s: float,
         pace: StepPace,
         on_end: Callable[[Record, MoveReport], None],
+        on_replay: Callable[[Record, int], None],
     ) -> None:
         self._kernel = kernel
         self._instances = instances
@@ -74,16 +74,31 @@ class VirtualMigrations:
         self._latency_s = latency_s
         self._pace = pace
         self._on_end = on_end
+        self._on_replay = on_replay
         self._open: dict[RequestId, _Run] = {}
         self._runs: dict[MigrationId, _Run] = {}
         self._number = 0
 
-    def start(self, record: Record, destination: InstanceId, mode: MigrationMode, cause: str) -> bool:
+    def move(self, record: Record, destination: InstanceId, mode: MigrationMode, cause: str) -> bool:
         """Start a migration; False if it cannot even begin."""
-        source, now = record.instance, self._kernel.now
+        source = record.instance
         origin = self._instances[source].engine.live.get(record.request_id)
         if record.request_id in self._open or origin is None or source == destination:
             return False
+        self.start(record, origin, source, destination, mode, cause)
+        return True
+
+    def start(
+        self,
+        record: Record,
+        origin: FastSequence,
+        source: InstanceId | None,
+        destination: InstanceId,
+        mode: MigrationMode,
+        cause: str,
+    ) -> None:
+        """Start a migration, or a replay: then ``source`` is None, and ``origin`` says what has been delivered."""
+        now = self._kernel.now
         self._number += 1
         log = TokenLog(origin, self._num_steps_done)
         machine = Migration(
@@ -94,7 +109,7 @@ class VirtualMigrations:
             tokens=log,
             config=self._config,
             mode=mode,
-            commit_due=partial(self._commit_due, source),
+            commit_due=None if source is None else partial(self._commit_due, source),
         )
         arriving = FastSequence(
             record.request_id, origin.num_prompt, origin.num_wanted, origin.priority, origin.arrival_s
@@ -112,7 +127,16 @@ class VirtualMigrations:
         run = _Run(machine, record, log, origin, arriving, report, now)
         self._open[record.request_id] = self._runs[machine.migration_id] = run
         self._execute(run, machine.start(now))
-        return True
+
+    def is_moving(self, request_id: RequestId) -> bool:
+        """Whether a migration or a replay of this request has no outcome yet."""
+        return request_id in self._open
+
+    def instance_lost(self, instance: InstanceId) -> None:
+        """An instance died."""
+        self._pace.forget(instance)
+        for run in list(self._runs.values()):
+            self._execute(run, run.machine.on_instance_lost(instance, self._kernel.now))
 
     def _commit_due(self, source: InstanceId, now: float) -> float:
         """When a COMMIT will be at the destination if DETACH is sent now: the step in flight is known."""
@@ -136,8 +160,9 @@ class VirtualMigrations:
         run = self._open.get(sequence.request_id)
         if run is None:
             return 0
-        assert run.machine.source is not None
         at = run.machine.source if sequence is run.origin else run.machine.destination
+        if at is None:
+            return 0  # of a replay: nobody computes it
         instance = self._instances[at]
         running = sequence.num_computed == sequence.num_tokens - 1 and sequence in instance.engine.running
         return instance.num_steps_done() if running else 0
@@ -155,7 +180,7 @@ class VirtualMigrations:
     # ------------------------------------------------------------------ commands
 
     def _execute(self, run: _Run, commands: list[Command]) -> None:
-        now = self._kernel.now
+        now, replay = self._kernel.now, False
         for command in commands:
             match command:
                 case Park(instance):
@@ -176,12 +201,14 @@ class VirtualMigrations:
                     self._kernel.at(max(now, time_s), partial(self._time, run, run.timer))
                 case End(ok, reason):
                     self._end(run, ok, reason)
-                case _:
-                    raise ProtocolError(f"{command} cannot be: no instance dies in the simulator")
+                case Replay():
+                    replay = True
         if run.machine.state is State.ALIGNING:
             self._await_token(run)
         if run.machine.is_closed:
             self._runs.pop(run.machine.migration_id, None)
+        if replay:
+            self._on_replay(run.record, len(run.log))
 
     def _replied(self, run: _Run, answer: Answer) -> None:
         """The answer leaves the instance."""

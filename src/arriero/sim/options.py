@@ -9,8 +9,10 @@ from typing import Any
 
 from arriero.core.errors import ConfigError
 from arriero.core.policies import POLICIES
+from arriero.sim.kills import Kill
 from arriero.sim.network import NetworkConfig
 from arriero.sim.profiles import PAPER, load_profile
+from arriero.sim.settings import HORIZON_S
 from arriero.sim.simulator import CLAIRVOYANT, SimulatorConfig, engine_config, scheduler_config
 from arriero.workload.recorded import is_log, read_log
 from arriero.workload.traces import read_trace
@@ -41,6 +43,12 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     known = ", ".join([*POLICIES, CLAIRVOYANT])
     parser.add_argument("--policy", default="arriero", help=f"one or more of {known}, separated by commas")
     parser.add_argument(
+        "--horizon",
+        type=float,
+        metavar="S",
+        help=f"how far --policy {CLAIRVOYANT} knows the arrivals, in seconds; 0: not (default: {HORIZON_S:g})",
+    )
+    parser.add_argument(
         "--profile", default=PAPER, help=f"model and device, or a file NAME.json (default: {PAPER}; 'list' shows all)"
     )
     parser.add_argument("--host-ms", type=float, help="time of a step outside the model (default: the profile's)")
@@ -56,8 +64,11 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
 
 
 def policies_of(args: argparse.Namespace) -> list[str]:
-    """Each once, in the order given."""
-    return list(dict.fromkeys(policy.strip() for policy in args.policy.split(",")))
+    """Each once, in the order given. Raises ConfigError."""
+    policies = list(dict.fromkeys(policy.strip() for policy in args.policy.split(",")))
+    if args.horizon is not None and CLAIRVOYANT not in policies:
+        raise ConfigError(f"--horizon {args.horizon:g} is for --policy {CLAIRVOYANT}: no other policy knows the future")
+    return policies
 
 
 def require_one_source(args: argparse.Namespace) -> None:
@@ -89,7 +100,13 @@ def class_at(args: argparse.Namespace, rate: float) -> Workload:
 
 
 def cluster_config(
-    args: argparse.Namespace, policy: str, workload: Workload, num_instances: int, *, sample_s: float = 0.0
+    args: argparse.Namespace,
+    policy: str,
+    workload: Workload,
+    num_instances: int,
+    *,
+    sample_s: float = 0.0,
+    kills: tuple[Kill, ...] = (),
 ) -> SimulatorConfig:
     """Equal instances under ``policy``, ready for what the workload has. Raises ConfigError."""
     profile = load_profile(args.profile, args.host_ms)
@@ -104,10 +121,11 @@ def cluster_config(
     return SimulatorConfig(
         engine=engine_config(profile, **facts),
         num_instances=num_instances,
-        scheduler=scheduler_config(policy, args.seed),
+        scheduler=scheduler_config(policy, args.seed, HORIZON_S if args.horizon is None else args.horizon),
         network=profile.network or NetworkConfig(),
         prefill_first=args.prefill_first,
         sample_s=sample_s,
+        kills=kills,
     )
 
 

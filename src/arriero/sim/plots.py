@@ -162,7 +162,7 @@ def _memory(figure: Any, axes: Any, policy: str, result: SimulationResult, last_
     bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=12)
     bar.set_label("KV memory used, %", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    moves = [m for m in result.moves if m.ok and m.started_s <= edges[-1]]
+    moves = [m for m in result.moves if m.ok and m.source is not None and m.started_s <= edges[-1]]
     shown = moves[:: max(1, -(-len(moves) // _MAX_ARROWS))]
     for move in shown:
         arrow = {"arrowstyle": "-|>", "color": "#d44c47", "lw": 0.8, "mutation_scale": 7, "shrinkA": 0, "shrinkB": 0}

@@ -10,6 +10,9 @@ from arriero.core.types import InstanceId, RequestId
 from arriero.sim.fast_engine import FastSequence
 from arriero.workload.workload import Arrival
 
+NOWHERE: InstanceId = -1
+"""Where a request is that no instance has."""
+
 
 @dataclass(slots=True, eq=False)
 class Record:
@@ -20,15 +23,22 @@ class Record:
     dispatch_s: float = -1.0
     first_token_s: float = -1.0
     finish_s: float = -1.0
-    instance: InstanceId = -1  #: the one whose tokens count
+    instance: InstanceId = NOWHERE  #: the one whose tokens count
     num_output: int = 0  #: tokens delivered; counted when it ends
     num_preemptions: int = 0
     num_moves: int = 0
+    num_replays: int = 0  #: instances that died under it
+    num_kept: int = 0  #: tokens that it had as the last one died
     preemption_loss_s: float = 0.0  #: from each preemption to the next token
     paused_s: float = 0.0  #: last token before to first token after each move
     rejected: str = ""  #: why, if so
     preempted_s: float = -1.0  #: since when it waits for a token after a preemption
     left_s: float = -1.0  #: the last token before a move that has not shown a token yet
+
+    @property
+    def is_live(self) -> bool:
+        """Whether an instance has been given it, and it goes on."""
+        return self.dispatch_s >= 0 and self.finish_s < 0 and not self.rejected
 
     def heard(self, now: float) -> None:
         """An awaited token came."""

@@ -40,6 +40,8 @@ def summarize(result: SimulationResult) -> dict[str, Any]:
         "instance_hours": result.instance_s / 3600,
         "tokens_per_s": sum(r.num_output for r in finished) / result.end_s if result.end_s else 0.0,
         "num_steps": result.num_steps,
+        "num_lost_instances": result.num_lost_instances,
+        "num_replays": sum(r.num_replays for r in result.records),
         "prefix_hit": result.prefix_hit,
         **_of_requests(finished),
         **_of_moves(result),
@@ -66,11 +68,12 @@ def _of_requests(records: list[Record]) -> dict[str, Any]:
 
 
 def _of_moves(result: SimulationResult) -> dict[str, Any]:
-    done = [m for m in result.moves if m.ok]
+    moves = [m for m in result.moves if m.source is not None]  # without replays
+    done = [m for m in moves if m.ok]
     downtimes = [m.detach_to_commit_s for m in done if m.num_bytes and m.detach_to_commit_s is not None]
     return {
         "num_migrations": len(done),
-        "num_migrations_given_up": len(result.moves) - len(done),
+        "num_migrations_given_up": len(moves) - len(done),
         "migrated_bytes": sum(m.num_bytes for m in result.moves),
         "downtime_s": _spread(downtimes),
     }

@@ -3,86 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from arriero.core.commands import Command, Dispatch, Drain, Launch, Move, PolicyFailed, Reject, Stop
-from arriero.core.config import CopyConfig, MigrationConfig, SchedulerConfig
-from arriero.core.errors import ConfigError, ProtocolError
+from arriero.core.errors import ProtocolError
 from arriero.core.pace import StepPace
-from arriero.core.policies import policy_config
 from arriero.core.types import Dispatchable, InstanceId, RequestId
 from arriero.observe.decisions import make_scheduler
 from arriero.observe.events import EventLog
-from arriero.sim.config import SimEngineConfig
 from arriero.sim.fast_engine import FastEngine, FastSequence
 from arriero.sim.fast_reports import check_integrity, prefix_hit
+from arriero.sim.foretelling import foretell
 from arriero.sim.kernel import Kernel
+from arriero.sim.losses import Losses
 from arriero.sim.membership import Membership
 from arriero.sim.moves import MoveReport, VirtualMigrations
-from arriero.sim.network import Network, NetworkConfig
+from arriero.sim.network import Network
 from arriero.sim.prefix_cache import Share, prompt_segments
-from arriero.sim.profiles import Profile
 from arriero.sim.records import Record
 from arriero.sim.samples import Sample, take_sample
+from arriero.sim.settings import BLIND, CLAIRVOYANT, SimulatorConfig, engine_config, scheduler_config
 from arriero.sim.virtual_instance import InstanceHooks, VirtualInstance
 from arriero.workload.workload import Arrival, Workload
 
-BLIND = frozenset({"round_robin", "least_outstanding", "power_of_two", "cache_aware"})
-"""Dispatch policies that look at no snapshot: none is made for them, unless requests are rebalanced."""
-
-
-CLAIRVOYANT = "clairvoyant"
-"""A policy of the simulator alone: `arriero` that knows when each request will end. It shows what is left to gain."""
-
-
-def scheduler_config(policy: str, seed: int = 0) -> SchedulerConfig:
-    """What ``--policy`` means. Raises ConfigError."""
-    if policy == CLAIRVOYANT:
-        config = policy_config("arriero")
-        assert config.queueing is not None
-        return replace(config, queueing=replace(config.queueing, trusts_max_tokens=True), seed=seed)
-    return replace(policy_config(policy), seed=seed)
-
-
-def engine_config(profile: Profile, **facts: Any) -> SimEngineConfig:
-    """An engine of this profile; ``facts`` override fields, like ``max_num_seqs``."""
-    defaults = {
-        "num_blocks": profile.kv_tokens // profile.block_size,
-        "block_size": profile.block_size,
-        "block_bytes": profile.block_size * profile.kv_bytes_per_token,
-        "max_num_seqs": 256,
-        "max_num_batched_tokens": 8192,
-        "step_time": profile.step_time,
-        "with_contents": False,
-    }
-    return SimEngineConfig(**{**defaults, **facts})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimulatorConfig:
-    """A cluster of equal instances. ``max_steps``: alike steps taken at once; 1 gives the same log, slowly."""
-
-    engine: SimEngineConfig
-    num_instances: int = 1
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    migration: MigrationConfig = field(default_factory=MigrationConfig)
-    copy: CopyConfig = field(default_factory=CopyConfig)
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    prefill_first: bool = False  #: as vLLM v0 schedules
-    max_steps: int = 128
-    launch_s: float = 30.0  #: from the decision to start an instance until it serves
-    sample_s: float = 0.0  #: between two samples of the instances' memory; 0: none
-
-    def __post_init__(self) -> None:
-        for name in ("num_instances", "max_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is invalid: it must be 1 or more")
-        if self.launch_s < 0:
-            raise ConfigError(f"launch_s={self.launch_s!r} is invalid: it must be 0 or more seconds")
-        if self.sample_s < 0:
-            raise ConfigError(f"sample_s={self.sample_s!r} is invalid: it must be 0 or more seconds")
+__all__ = [
+    "CLAIRVOYANT",
+    "SimulationResult",
+    "Simulator",
+    "SimulatorConfig",
+    "engine_config",
+    "scheduler_config",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +49,7 @@ class SimulationResult:
     end_s: float  #: when the last request ended
     num_steps: int
     instance_s: float  #: sum over the instances, from launch to stop
+    num_lost_instances: int = 0
     prefix_hit: float | None = None  #: share of the tokens to prefill that a prefix cache had; None without one
 
 
@@ -113,7 +67,7 @@ class Simulator:
         self.config = config
         self.kernel = Kernel()
         self._events = make_events(lambda: self.kernel.now) if make_events is not None else None
-        self.scheduler = make_scheduler(replace(config.scheduler, policy_errors_stop=True), self._events)
+        self.scheduler = make_scheduler(config.effective_scheduler, self._events)
         self.records: dict[RequestId, Record] = {}
         self.moves: list[MoveReport] = []
         self.samples: list[Sample] = []
@@ -122,7 +76,7 @@ class Simulator:
         self._num_arrived = self._num_ended = 0
         self._end_s = 0.0
         rebalancing = config.scheduler.rebalancing
-        pace = StepPace() if rebalancing is not None else None
+        pace = StepPace() if rebalancing is not None or config.kills else None
         self._looks = (
             rebalancing is not None
             or config.scheduler.queueing is not None
@@ -157,6 +111,17 @@ class Simulator:
             latency_s=config.network.latency_s,
             pace=pace or StepPace(),
             on_end=self._on_migration_end,
+            on_replay=lambda record, num_tokens: self._losses.replay(record, num_tokens),
+        )
+        self._losses = Losses(
+            kernel=self.kernel,
+            instances=self.instances,
+            migrations=self.migrations,
+            scheduler=self.scheduler,
+            facts_of=self._facts_of,
+            sequence_of=self._sequence_of,
+            carry_out=self._carry_out,
+            launch=self._launch,
         )
 
     def run(self) -> SimulationResult:
@@ -164,9 +129,13 @@ class Simulator:
         for _ in range(self.config.num_instances):
             self._join(self.instances.launch(0.0))
         if self._arrivals:
+            if (queueing := self.config.scheduler.queueing) is not None and queueing.trusts_max_tokens:
+                foretell(self.kernel, self._arrivals, queueing.horizon_s, self._foretell)
             self.kernel.at(self._arrivals[0].arrival_s, self._arrive)
-            if self.config.scheduler.interval_s is not None:
-                self.kernel.at(self.config.scheduler.interval_s, self._tick)
+            if self.scheduler.config.interval_s is not None:
+                self.kernel.at(self.scheduler.config.interval_s, self._tick)
+            for kill in self.config.kills:
+                self.kernel.at(kill.time_s, partial(self._kill, kill.instance))
             if self.config.sample_s:
                 self.kernel.at(0.0, self._sample)
         self.kernel.run()
@@ -178,6 +147,7 @@ class Simulator:
             self._end_s,
             sum(i.engine.num_steps for i in self.instances),
             sum(life.seconds(self._end_s) for life in self.instances.lives),
+            self._losses.num_lost,
             prefix_hit([i.engine for i in self.instances]),
         )
 
@@ -190,26 +160,40 @@ class Simulator:
         self.records[record.request_id] = record
         if self._num_arrived < len(self._arrivals):
             self.kernel.at(self._arrivals[self._num_arrived].arrival_s, self._arrive)
-        longest = self.config.engine.max_model_len
-        if arrival.prompt_tokens + arrival.output_tokens > longest:
+        if self._is_too_long(arrival):
+            longest = self.config.engine.max_model_len
             self._reject(
                 record,
                 f"{arrival.prompt_tokens} + {arrival.output_tokens} tokens are more than max_model_len={longest}",
             )
             return
         self._collect_snapshots()
-        facts = Dispatchable(
+        was_watched = self.scheduler.num_queued > 0
+        self._carry_out(self.scheduler.arrived(self._facts_of(record), self.kernel.now))
+        if self.scheduler.num_queued and not was_watched:
+            for instance in self.instances.present():
+                instance.watch()
+
+    def _foretell(self, number: int) -> None:
+        """Who knows the future hears of an arrival within the horizon."""
+        arrival = self._arrivals[number]
+        if not self._is_too_long(arrival):
+            facts = self._facts_of(Record(f"r{number}", arrival))
+            self._carry_out(self.scheduler.foretold(facts, arrival.arrival_s, self.kernel.now))
+
+    def _is_too_long(self, arrival: Arrival) -> bool:
+        return arrival.prompt_tokens + arrival.output_tokens > self.config.engine.max_model_len
+
+    def _facts_of(self, record: Record) -> Dispatchable:
+        """What the scheduler is told of a request that is new."""
+        arrival = record.arrival
+        return Dispatchable(
             request_id=record.request_id,
             num_prompt_tokens=arrival.prompt_tokens,
             max_tokens=self._max_tokens(arrival),
             priority=arrival.priority,
             block_hashes=tuple(arrival.prefix_ids()) if self.config.engine.prefix_caching else (),
         )
-        was_watched = self.scheduler.num_queued > 0
-        self._carry_out(self.scheduler.arrived(facts, self.kernel.now))
-        if self.scheduler.num_queued and not was_watched:
-            for instance in self.instances.present():
-                instance.watch()
 
     def _max_tokens(self, arrival: Arrival) -> int:
         queueing = self.config.scheduler.queueing
@@ -221,7 +205,7 @@ class Simulator:
     def _reject(self, record: Record, reason: str) -> None:
         record.rejected = reason
         self._emit("reject", request=record.request_id, reason=reason)
-        self._ended()
+        self._ended(record)
 
     # ------------------------------------------------------------------ what the scheduler wants
 
@@ -250,7 +234,7 @@ class Simulator:
         self.kernel.at(self.kernel.now + self.config.launch_s, partial(self._join, instance))
 
     def _join(self, instance: VirtualInstance) -> None:
-        if self._is_over and self._arrivals:
+        if (self._is_over and self._arrivals) or instance.is_dead:
             return
         self._emit("instance_ready", instance=instance.instance)
         self.instances.joined(instance.instance)
@@ -262,9 +246,15 @@ class Simulator:
         self.instances.stop(instance, self.kernel.now)
         self._carry_out(self.scheduler.instance_lost(instance, self.kernel.now))
 
+    def _kill(self, instance: InstanceId) -> None:
+        if self._is_over or not self._losses.can_die(instance):
+            return
+        self._collect_snapshots()
+        self._emit("instance_lost", instance=instance)
+        self._losses.kill(instance, self.records.values())
+
     def _place(self, record: Record, instance: InstanceId) -> None:
-        now, arrival = self.kernel.now, record.arrival
-        record.dispatch_s, record.instance = now, instance
+        arrival = record.arrival
         self._emit(
             "dispatch",
             request=record.request_id,
@@ -274,15 +264,22 @@ class Simulator:
             max_tokens=self._max_tokens(arrival),
             priority=arrival.priority,
         )
-        self.instances[instance].add(
-            FastSequence(
-                record.request_id,
-                arrival.prompt_tokens,
-                arrival.output_tokens,
-                arrival.priority,
-                arrival.arrival_s,
-                share=self._share(arrival),
-            )
+        if record in self._losses:
+            self._losses.place(record, instance)
+            return
+        record.dispatch_s, record.instance = self.kernel.now, instance
+        self.instances[instance].add(self._sequence_of(record))
+
+    def _sequence_of(self, record: Record) -> FastSequence:
+        """The request, as an instance gets it anew."""
+        arrival = record.arrival
+        return FastSequence(
+            record.request_id,
+            arrival.prompt_tokens,
+            arrival.output_tokens,
+            arrival.priority,
+            arrival.arrival_s,
+            share=self._share(arrival),
         )
 
     def _share(self, arrival: Arrival) -> Share | None:
@@ -293,7 +290,7 @@ class Simulator:
         record, now = self.records[move.request_id], self.kernel.now
         if record.finish_s >= 0 or record.instance != move.source:
             return
-        if self.migrations.start(record, move.destination, move.mode, move.reason):
+        if self.migrations.move(record, move.destination, move.mode, move.reason):
             self._carry_out(self.scheduler.migration_started(move.request_id, move.source, move.destination, now))
 
     # ------------------------------------------------------------------ what instances say
@@ -313,10 +310,11 @@ class Simulator:
                 how="length",
                 num_output_tokens=sequence.num_output,
             )
-            self._ended()
+            self._ended(record)
             self.migrations.finished(record.request_id)
 
-    def _ended(self) -> None:
+    def _ended(self, record: Record) -> None:
+        self._losses.ended(record)
         self._num_ended += 1
         self._end_s = self.kernel.now
         if self._on_progress is not None and self._num_ended % 256 == 0:
@@ -358,7 +356,7 @@ class Simulator:
     def _tick(self) -> None:
         if self._is_over:
             return
-        interval_s = self.config.scheduler.interval_s
+        interval_s = self.scheduler.config.interval_s
         assert interval_s is not None
         self.kernel.at(self.kernel.now + interval_s, self._tick)
         self._collect_snapshots()
@@ -366,8 +364,11 @@ class Simulator:
 
     def _on_migration_end(self, record: Record, report: MoveReport) -> None:
         self._collect_snapshots()
-        self._carry_out(self.scheduler.migration_ended(record.request_id, self.kernel.now, ok=report.ok))
-        record.num_moves += report.ok
+        if report.source is None:
+            self._losses.attempted(record, report)
+        else:
+            self._carry_out(self.scheduler.migration_ended(record.request_id, self.kernel.now, ok=report.ok))
+            record.num_moves += report.ok
         self.moves.append(report)
         if self._events is not None:
             names = [name for name in MoveReport.__slots__ if name not in ("stages", "started_s")]

@@ -56,6 +56,7 @@ class VirtualInstance:
         self.engine = engine
         self.instance = engine.instance
         self.due: InstanceSnapshot | None = None  #: pushed, not collected yet
+        self.is_dead = False
         self._kernel, self._network, self._hooks = kernel, network, hooks
         self._pace = pace
         self._interval_s = snapshot_interval_s
@@ -78,6 +79,7 @@ class VirtualInstance:
             stall=self._stall,
             last_step_s=lambda: self._last_end_s,
         )
+        self._migration = migration
         self.llumlet = Llumlet(self.port, migration)
 
     # ------------------------------------------------------------------ input
@@ -114,14 +116,20 @@ class VirtualInstance:
         """An operation arrives; ``reply`` is called when the answer leaves."""
 
         def answer(value: Answer) -> None:
-            self._kernel.at(max(self._kernel.now, self._free_s), partial(reply, value))
+            self._kernel.at(max(self._kernel.now, self._free_s), partial(self._leave, reply, value))
 
         self._receive(lambda: self.llumlet.handle(message, answer, self._kernel.now))
+
+    def _leave(self, reply: Callable[[Answer], None], value: Answer) -> None:
+        if not self.is_dead:
+            reply(value)
 
     def _on_copied(self, migration_id: MigrationId, export: Export) -> None:
         self._receive(lambda: self.llumlet.copied(migration_id, export, None, self._kernel.now))
 
     def _receive(self, action: Callable[[], None]) -> None:
+        if self.is_dead:
+            return
         self._inbox.append(action)
         if self.engine.segment is None:
             self._wake()
@@ -130,6 +138,23 @@ class VirtualInstance:
 
     def _stall(self, seconds: float) -> None:
         self._free_s = max(self._free_s, self._kernel.now) + seconds
+
+    def die(self) -> dict[RequestId, FastSequence]:
+        """It is gone, with all that it holds, and hears nothing any more; the step in flight gives no token. Returns
+        the requests that it had.
+        """
+        if self.engine.segment is not None:
+            del self.engine.segment.ends[self.num_steps_done() :]
+            if self.engine.segment.ends:
+                self.engine.finish()
+        self.is_dead, self.due = True, None
+        self._version += 1
+        self._inbox.clear()
+        held = dict(self.engine.live)
+        self.engine.lose_all()
+        self.port.parked.clear()
+        self.llumlet = Llumlet(self.port, self._migration)
+        return held
 
     # ------------------------------------------------------------------ steps
 
@@ -159,7 +184,7 @@ class VirtualInstance:
     def _go_on(self) -> None:
         """Between two steps: operations, then the next step."""
         now = self._kernel.now
-        if self.engine.segment is not None:
+        if self.engine.segment is not None or self.is_dead:
             return
         while self._free_s <= now and self._inbox:
             self._inbox.popleft()()
