@@ -75,7 +75,7 @@ WRONG: list[tuple[type[Any], str, Any]] = [
     (SchedulerConfig, "snapshot_interval_s", math.nan),
     (SchedulerConfig, "tick_s", 0.0),
     (RebalancingConfig, "max_moves_per_round", 0),
-    (QueueingConfig, "reserve_blocks_per_running", -1.0),
+    (QueueingConfig, "reserve_tokens_per_running", -1),
     (QueueingConfig, "reserve_share", 1.0),
     (QueueingConfig, "prefill_backlog_tokens", 0),
     (QueueingConfig, "earmark_share", 1.5),

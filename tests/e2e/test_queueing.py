@@ -12,7 +12,7 @@ from .harness import fleet_of
 pytestmark = pytest.mark.asyncio
 
 SMALL = {"num_blocks": 96, "max_num_seqs": 4}
-QUEUEING = QueueingConfig(reserve_blocks_per_running=1)
+QUEUEING = QueueingConfig(reserve_tokens_per_running=16)
 
 
 async def test_more_than_fits_waits_globally_and_every_stream_is_whole() -> None:

@@ -184,7 +184,7 @@ CONFIGS = {
     "freeness": SchedulerConfig(rebalancing=REBALANCING, no_instance_timeout_s=0.5),
     "headroom": SchedulerConfig(load=LoadConfig(load_targets=((-1, 0.5), (0, 0.9))), rebalancing=REBALANCING),
     "arriero": replace(
-        policy_config("arriero"), queueing=QueueingConfig(reserve_blocks_per_running=1), no_instance_timeout_s=0.5
+        policy_config("arriero"), queueing=QueueingConfig(reserve_tokens_per_running=16), no_instance_timeout_s=0.5
     ),
     "random": SchedulerConfig(dispatch_policy=f"{__name__}.AnyPolicy", seed=7, rebalancing=REBALANCING),
 }

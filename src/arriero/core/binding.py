@@ -99,8 +99,9 @@ class LateBinding:
         """What is left of the ``free`` blocks once the requests of the batch have grown: each of them grows, but those
         that end make up for it. The more there are, the less of it is needed.
         """
-        config, num_blocks = self._config, view.snapshots[instance].num_blocks
-        return free - min(config.reserve_blocks_per_running * batch, config.reserve_share * num_blocks)
+        config, snapshot = self._config, view.snapshots[instance]
+        growth = config.reserve_tokens_per_running / snapshot.block_size * batch
+        return free - min(growth, config.reserve_share * snapshot.num_blocks)
 
     def _fits(self, request: Dispatchable, view: ClusterView, instance: InstanceId, room: float) -> bool:
         """Whether the request may start in ``room``."""

@@ -251,7 +251,7 @@ class LoadConfig:
 class QueueingConfig:
     """When a request is bound to an instance, and when it waits in the global queue."""
 
-    reserve_blocks_per_running: float = 8.0  #: blocks that each running request is expected to grow into soon
+    reserve_tokens_per_running: int = 128  #: tokens that each running request is expected to grow by soon
     reserve_share: float = 0.1  #: of an instance's blocks, that this comes to at most
     prefill_backlog_tokens: int = 8192  #: an instance with so much to prefill starts nobody soon
     earmark_share: float = 0.0625  #: of the instances, that may be kept for requests which fit nowhere; one at least
@@ -261,8 +261,8 @@ class QueueingConfig:
     scan_depth: int = 64  #: requests at the head of the queue that are looked at
 
     def __post_init__(self) -> None:
-        reserve = self.reserve_blocks_per_running
-        _require(reserve >= 0, "reserve_blocks_per_running", reserve, "0 or more")
+        reserve = self.reserve_tokens_per_running
+        _require(reserve >= 0, "reserve_tokens_per_running", reserve, "0 or more")
         _require(0 <= self.reserve_share < 1, "reserve_share", self.reserve_share, "in [0, 1)")
         backlog = self.prefill_backlog_tokens
         _require(backlog >= 1, "prefill_backlog_tokens", backlog, "1 or more")

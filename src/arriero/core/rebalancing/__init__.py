@@ -20,7 +20,7 @@ RULES: dict[RebalancingRule, Callable[[Round], list[Move]]] = {
     RebalancingRule.RELIEF: relief_moves,
 }
 
-_WEIGHT = 0.2  # of the newest value in what is learned
+_KEPT = 0.8  # of what was learned, with each new copy
 
 
 class Rebalancer:
@@ -30,7 +30,7 @@ class Rebalancer:
         self._config = config
         self._rested_at: dict[RequestId, float] = {}
         self._started: dict[RequestId, tuple[float, int]] = {}  # when, and its blocks
-        self._copy_s_per_block = 0.0
+        self._copies = (0.0, 0.0)  # seconds and blocks of the past ones, the newest counting most
 
     # ------------------------------------------------------------------ what it learns from
 
@@ -43,9 +43,9 @@ class Rebalancer:
     def moved(self, request_id: RequestId, now: float, *, ok: bool) -> None:
         """It ended; the request stays where it is for a while."""
         started_s, num_blocks = self._started.pop(request_id, (now, 0))
-        if ok and num_blocks:
-            took_s, known_s = (now - started_s) / num_blocks, self._copy_s_per_block
-            self._copy_s_per_block = known_s + _WEIGHT * (took_s - known_s) if known_s else took_s
+        if ok and num_blocks:  # by the sums, since a small copy says nothing of the time for a block
+            seconds, blocks = self._copies
+            self._copies = (_KEPT * seconds + now - started_s, _KEPT * blocks + num_blocks)
         self._rested_at[request_id] = now
 
     def ended(self, request_id: RequestId) -> None:
@@ -67,6 +67,7 @@ class Rebalancer:
         for ends in moving.values():
             for instance in ends:
                 busy[instance] = busy.get(instance, 0) + 1
+        seconds, blocks = self._copies
         return RULES[config.rule](
             Round(
                 view=view,
@@ -77,9 +78,10 @@ class Rebalancer:
                     for i in view.snapshots
                     if view.is_candidate(i) and busy.get(i, 0) < config.max_migrations_per_instance
                 ),
-                resting={r for r, t in self._rested_at.items() if now - t < config.cooldown_s} | moving.keys(),
+                moving=moving.keys(),
+                resting={r for r, t in self._rested_at.items() if now - t < config.cooldown_s},
                 now=now,
-                copy_s_per_block=self._copy_s_per_block,
+                copy_s_per_block=seconds / blocks if blocks else 0.0,
                 source=source,
             )
         )

@@ -17,7 +17,8 @@ class Round:
     view: ClusterView
     config: RebalancingConfig
     instances: tuple[InstanceId, ...]  #: with a snapshot, and in fewer moves than the limit
-    resting: Set[RequestId]  #: moving, or moved a moment ago
+    moving: Set[RequestId]  #: they move already
+    resting: Set[RequestId]  #: moved a moment ago: their KV cache is not copied again yet
     now: float
     copy_s_per_block: float  #: learned from past moves; 0 before the first
     source: InstanceId | None = None  #: only this one gives; None: all may
@@ -39,5 +40,6 @@ class Round:
         resting, unmovable = self.resting, self.view.ledger.unmovable
         for request in self.snapshot(instance).requests:
             phase, name = request.phase, request.request_id
-            if (phase is Phase.RUNNING or phase is Phase.WAITING) and name not in resting and name not in unmovable:
+            is_free = phase is Phase.WAITING or (phase is Phase.RUNNING and name not in resting)
+            if is_free and name not in self.moving and name not in unmovable:
                 yield request
