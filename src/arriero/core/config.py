@@ -282,6 +282,7 @@ class ScalingConfig:
     max_instances: int = 16
     period_s: float = 10.0  #: the average must be outside of the range for so long
     cooldown_s: float = 10.0  #: between two decisions
+    start_s: float = 30.0  #: until an instance that is started serves, as long as none has shown it
 
     def __post_init__(self) -> None:
         _require(
@@ -296,7 +297,7 @@ class ScalingConfig:
             self.min_instances,
             f"in [1, max_instances={self.max_instances}]",
         )
-        for name in ("period_s", "cooldown_s"):
+        for name in ("period_s", "cooldown_s", "start_s"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more seconds")
 
 

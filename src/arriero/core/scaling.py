@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, replace
 
 from arriero.core.commands import Drain, Launch
 from arriero.core.config import ScalingConfig
@@ -19,6 +20,10 @@ class Capacity:
     free_blocks: float  #: over all candidates; less what waits in the global queue
     num_running: int  #: and waiting globally
     blocks_per_instance: float
+
+    def later(self, growth: float, ahead_s: float) -> Capacity:
+        """What it will be in ``ahead_s`` seconds if the demand goes on growing by ``growth`` blocks a second."""
+        return replace(self, free_blocks=self.free_blocks - growth * ahead_s)
 
     def freeness(self, num_more: int = 0) -> float:
         """Average freeness with so many instances more (or, below 0, less) and the same load."""
@@ -38,6 +43,9 @@ class Scaler:
         self._config = config
         self._low_since_s = self._high_since_s = math.inf
         self._acted_s = -math.inf
+        self._start_s = config.start_s  # from the order to start an instance until it serves, as last seen
+        self._launches: deque[float] = deque()  # when those that are starting were ordered
+        self._demands: deque[tuple[float, float]] = deque()  # (time, blocks) of the last two periods
 
     def round(self, view: ClusterView, queued: tuple[int, int], num_starting: int, now: float) -> list[Launch | Drain]:
         """What to start or to drain now. ``queued``: requests in the global queue, and the blocks that they need."""
@@ -47,6 +55,10 @@ class Scaler:
         capacity = self._capacity(view, queued, num_starting)
         if capacity is None:
             return []
+        while len(self._launches) > num_starting:
+            self._start_s = now - self._launches.popleft()
+        demand = num * capacity.blocks_per_instance - capacity.free_blocks
+        capacity = capacity.later(self._growth(demand, now), self._start_s)
         average = capacity.freeness()
         self._low_since_s = min(self._low_since_s, now) if average < config.low_freeness else math.inf
         is_spare = capacity.freeness(-1) > config.high_freeness and num_starting == 0
@@ -61,8 +73,21 @@ class Scaler:
             return self._drain(view, capacity, now)
         return []
 
+    def _growth(self, demand: float, now: float) -> float:
+        """Blocks a second by which the demand grew in each of the last two periods, at least; a jump is no growth."""
+        demands, period_s = self._demands, self._config.period_s
+        demands.append((now, demand))
+        while len(demands) > 1 and demands[1][0] <= now - 2 * period_s:
+            demands.popleft()
+        first_s, first = demands[0]
+        if not period_s or now - first_s < 2 * period_s:
+            return 0.0
+        middle = next(d for t, d in reversed(demands) if t <= now - period_s)
+        return max(0.0, min(middle - first, demand - middle) / period_s)
+
     def _launch(self, num_instances: int, reason: str, now: float) -> list[Launch | Drain]:
         self._acted_s, self._low_since_s = now, math.inf
+        self._launches.extend([now] * num_instances)
         return [Launch(num_instances=num_instances, reason=reason)]
 
     def _drain(self, view: ClusterView, capacity: Capacity, now: float) -> list[Launch | Drain]:
