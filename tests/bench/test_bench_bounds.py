@@ -21,7 +21,8 @@ def simulated(arrivals: list[Arrival]) -> dict[str, float]:
 
 def test_a_request_on_an_idle_instance_takes_as_long_as_in_the_simulator() -> None:
     arrivals = [
-        Arrival(arrival_s=1000.0 * n, prompt_tokens=p, output_tokens=o) for n, (p, o) in enumerate([(5, 900), (2000, 1)])
+        Arrival(arrival_s=1000.0 * n, prompt_tokens=p, output_tokens=o)
+        for n, (p, o) in enumerate([(5, 900), (2000, 1)])
     ]
     assert simulated(arrivals)["e2e_s"] == pytest.approx(idle_request_s(arrivals, PROFILE))
 

@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 from arriero.bench import policies, policies_page, scheduler
-from arriero.bench.policies import MAIN, POINTS, PRIORITIES, SCALING, Run, rows_of, simulate, targets_of
+from arriero.bench.policies import (
+    MAIN,
+    POINTS,
+    PRIORITIES,
+    RATES,
+    SCALING,
+    Run,
+    front,
+    hours_at,
+    rows_of,
+    simulate,
+    targets_of,
+)
 
 
 @pytest.fixture
@@ -34,11 +46,28 @@ def test_priorities_are_compared_with_the_same_requests_of_which_nobody_is_told(
     high = [s["by_priority"]["-1"]["e2e_s"]["mean"] for s in samples]
     speed_up = next(t for t in targets_of(samples) if "speed-up" in t.name)
     assert speed_up.value == pytest.approx(high[1] / high[0])
+    assert f"(with an idle instance for each: {high[1] / samples[1]['idle_request_s']:.2f})" in speed_up.name
 
 
 def test_a_cluster_that_scales_costs_less_than_one_that_does_not() -> None:
     scaled = simulate(Run(SCALING[0], "arriero", 1, 100))
     assert 0 < scaled["instance_hours"] < 16 * scaled["duration_s"] / 3600
+
+
+def test_equal_latency_is_sought_along_the_curve_and_never_beyond_its_ends() -> None:
+    curve = front([(3.0, 10.0), (2.0, 100.0), (2.5, 200.0), (4.0, 1.0)])
+    assert curve == [(2.0, 100.0), (3.0, 10.0), (4.0, 1.0)]
+    assert hours_at(curve, 1000.0) == 2.0
+    assert hours_at(curve, 10**1.5) == pytest.approx(2.5)
+    assert hours_at(curve, 1.0) == pytest.approx(4.0)
+    assert hours_at(curve, 0.5) is None
+
+
+def test_the_best_rate_is_told_beside_the_point() -> None:
+    rates = [p for p in RATES if p.workload == "M-M"][:2]
+    samples = [simulate(Run(p, policy, 1, 40)) for p in rates for policy in ("infaas", "llumnix")]
+    (best,) = targets_of(samples)
+    assert best.name.startswith("M-M: prefill P99, infaas / llumnix, at its best rate (")
 
 
 def test_results_are_appended_and_become_a_page_with_pictures(folder: Path) -> None:
@@ -52,6 +81,8 @@ def test_results_are_appended_and_become_a_page_with_pictures(folder: Path) -> N
     assert all(f"### {p.name}" in text for p in POINTS)
     assert "| arriero (1 seed) |" in text
     assert {p.name for p in Path("docs/img").iterdir()} == {"policies.png", "scaling.png"}
+    assert "scaling.png" in text
+    assert "scaling.png" not in policies_page.page({**result, "rows": result["rows"][:4]}, "make bench-policies")
 
 
 def test_decisions_are_measured_by_the_number_of_instances(folder: Path) -> None:

@@ -44,7 +44,7 @@ def page(result: Mapping[str, Any], command: str) -> str:
         f"{' / '.join(map(str, num_requests))} requests, means over the seeds {', '.join(map(str, seeds))}",
         "(fewer where a row says so). The paper's engine (vLLM v0) sustains less than ours (v1, chunked prefill),",
         "so its rates are scaled to equal utilisation: to where `infaas` is about as congested as the paper's",
-        "INFaaS++ (prefill P99). [What the policies do](policies.md).",
+        "INFaaS++ (prefill P99). [What the policies do](policies.md), what bounds the missed aims.",
         "",
         "![Prefill P99 by point and policy](img/policies.png)",
         "",
@@ -86,10 +86,11 @@ def _others(result: Mapping[str, Any]) -> list[str]:
     if not rows:
         return []
     lines = [
-        "### Priorities and scaling",
+        "### Priorities, scaling and other rates",
         "",
         "`ignored`: the same requests and arrivals, and nobody is told of the priorities.",
-        "Scaling: 1 to 16 instances, 30 s until one serves.",
+        "Scaling: 1 to 16 instances, 30 s until one serves; the range of the average freeness is 10 wide for `arriero`",
+        "and 50, as in the paper, for the others.",
         "",
         "| point | policy | prefill mean s | P99 s | request mean s | high: request mean s | normal | instance-hours |",
         "|---|---|---|---|---|---|---|---|",
@@ -101,9 +102,15 @@ def _others(result: Mapping[str, Any]) -> list[str]:
         figures = [f"{row[c]:.3g}" for c in ("prefill_mean", "prefill_P99", "request_mean")]
         cells = [row["point"], row["policy"], *figures, *means, f"{row['instance_hours']:.3g}"]
         lines.append("| " + " | ".join(cells) + " |")
-    if any(r["point"] in {p.name for p in SCALING} for r in rows):
+    if _curves(rows):
         lines += ["", "![Instance-hours against prefill P99](img/scaling.png)"]
     return [*lines, ""]
+
+
+def _curves(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The points of scaling that all have run; they are drawn."""
+    found = {(r["point"], r["policy"]) for r in rows}
+    return [p.name for p in SCALING if all((p.name, q) in found for q in MAIN)]
 
 
 def draw(result: Mapping[str, Any], folder: Path) -> None:
@@ -122,7 +129,7 @@ def draw(result: Mapping[str, Any], folder: Path) -> None:
     axes.set(yscale="log", ylabel="prefill P99, s", xticks=range(len(points)), xticklabels=[p.name for p in points])
     axes.legend(ncols=5, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.15), frameon=False)
     figure.savefig(folder / "policies.png", dpi=110)
-    curves = [p.name for p in SCALING if all((p.name, q) in rows for q in MAIN)]
+    curves = _curves(result["rows"])
     if curves:
         figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
         for policy in MAIN:
