@@ -17,7 +17,10 @@ from arriero.core.scheduler import GlobalScheduler
 from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, InstanceState, Phase, RequestSnapshot
 from arriero.core.view import ClusterView
 
-CONFIG = ScalingConfig(low_freeness=10, high_freeness=60, min_instances=1, max_instances=4, period_s=5, cooldown_s=20)
+CONFIG = ScalingConfig(
+    low_freeness=10, high_freeness=60, min_instances=1, max_instances=4, period_s=5, cooldown_s=20, looks_ahead=False
+)
+AHEAD = replace(CONFIG, looks_ahead=True)
 
 
 def snapshot(instance: InstanceId, num_running: int, blocks: int = 1) -> InstanceSnapshot:
@@ -112,6 +115,48 @@ def test_a_scheduler_drains_stops_and_remembers_what_is_starting() -> None:
     made.arrived(Dispatchable(request_id="r", num_prompt_tokens=1, max_tokens=1), 70.0)
 
 
+def growing(config: ScalingConfig, blocks_per_s: float, until_s: int) -> tuple[float, Command] | None:
+    """The first decision, and when, while the demand of one request on each of two instances grows."""
+    scaler = Scaler(config)
+    for now in range(until_s):
+        commands = scaler.round(view(1, 1, blocks=int(blocks_per_s * now / 2)), (0, 0), 0, now)
+        if commands:
+            return now, commands[0]
+    return None
+
+
+def test_a_demand_that_keeps_growing_is_met_by_the_time_that_a_new_instance_takes_to_start() -> None:
+    """200 blocks, 4 more a second are used: free for each of two requests are 100 - 2 t, and 60 less in 30 s."""
+    plain, ahead = growing(CONFIG, 4, 60), growing(AHEAD, 4, 60)
+    assert plain == (51, Launch(num_instances=1, reason="average freeness -2.0"))
+    assert ahead is not None
+    assert ahead[0] == 21, "at 16 s the 68 that are free for each will be 8 in 30 s; and 5 s of that"
+    assert isinstance(ahead[1], Launch)
+    assert growing(replace(AHEAD, start_s=0), 4, 60) == plain
+
+
+def test_how_long_an_instance_takes_to_start_is_learned() -> None:
+    scaler = Scaler(replace(AHEAD, period_s=1, cooldown_s=0))
+    full = view(20, blocks=4)
+    assert [len(scaler.round(full, (0, 0), 0, now)) for now in (0.0, 1.0)] == [0, 1]
+    scaler.round(full, (0, 0), 2, 2.0)
+    scaler.round(view(20, 0, 0, blocks=4), (0, 0), 0, 61.0)
+    assert scaler._start_s == 60.0
+
+
+def test_a_jump_is_no_growth() -> None:
+    scaler = Scaler(AHEAD)
+    loads = [view(2, 2)] * 12 + [view(2, 2, blocks=20)] * 20
+    assert not [c for now, seen in enumerate(loads) for c in scaler.round(seen, (0, 0), 0, now)]
+
+
+def test_with_a_look_ahead_nothing_is_drained_before_two_periods_have_been_seen() -> None:
+    times = [float(now) for now in range(15)]
+    assert decide(view(1, 0), *times, config=AHEAD) == []
+    assert isinstance(decide(view(1, 0), *times, 15.0, config=AHEAD)[0], Drain)
+    assert isinstance(decide(view(1, 0), 0.0, config=replace(AHEAD, period_s=0))[0], Drain)
+
+
 class Load:
     """A cluster in which so many requests run, spread evenly; it does what the scaler says, with a delay."""
 
@@ -138,11 +183,11 @@ class Load:
             assert self.config.min_instances <= total <= self.config.max_instances
 
 
-@given(st.integers(1, 4), st.lists(st.integers(0, 60), min_size=1, max_size=4))
+@given(st.integers(1, 4), st.lists(st.integers(0, 60), min_size=1, max_size=4), st.booleans())
 def test_minimum_maximum_and_cooldown_are_kept_and_a_steady_load_does_not_flap(
-    num_instances: int, loads: Sequence[int]
+    num_instances: int, loads: Sequence[int], looks_ahead: bool
 ) -> None:
-    cluster = Load(CONFIG, num_instances)
+    cluster = Load(replace(CONFIG, looks_ahead=looks_ahead), num_instances)
     for phase, num_requests in enumerate(loads):
         before = len(cluster.decisions)
         cluster.go_on(400.0 * (phase + 1), 400.0 * phase, num_requests)

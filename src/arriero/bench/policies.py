@@ -67,7 +67,7 @@ RATES = [
 ]
 SETS = {"points": POINTS, "priorities": [*PRIORITIES, *IGNORED], "scaling": SCALING, "rates": RATES}
 RANGES = {"arriero": 10.0}
-"""Width of the range of freeness for scaling; for the others 50, as in the paper."""
+"""Width of the range of freeness for scaling. For the others it is 50 and they do not look ahead, as in the paper."""
 
 POLICIES = [
     "round_robin",
@@ -107,6 +107,7 @@ def simulate(run: Run) -> dict[str, Any]:
             low_freeness=point.threshold,
             high_freeness=point.threshold + RANGES.get(run.policy, 50.0),
             max_instances=NUM_INSTANCES,
+            looks_ahead=run.policy in RANGES,
         )
         scheduler = replace(scheduler, scaling=scaling)
     workload = make_workload(

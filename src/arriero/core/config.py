@@ -274,14 +274,15 @@ class QueueingConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScalingConfig:
-    """Range of the average freeness (Llumnix, OSDI'24, section 6.5: [10, 60])."""
+    """Range of the average freeness. That of Llumnix (OSDI'24, section 6.5) is [10, 60], and it does not look ahead."""
 
-    low_freeness: float = 10.0
-    high_freeness: float = 60.0
+    low_freeness: float = 25.0
+    high_freeness: float = 35.0
     min_instances: int = 1
     max_instances: int = 16
     period_s: float = 10.0  #: the average must be outside of the range for so long
     cooldown_s: float = 10.0  #: between two decisions
+    looks_ahead: bool = True  #: the demand is taken to go on growing until an instance that is started now serves
     start_s: float = 30.0  #: until an instance that is started serves, as long as none has shown it
 
     def __post_init__(self) -> None:

@@ -57,11 +57,13 @@ class Scaler:
             return []
         while len(self._launches) > num_starting:
             self._start_s = now - self._launches.popleft()
-        demand = num * capacity.blocks_per_instance - capacity.free_blocks
-        capacity = capacity.later(self._growth(demand, now), self._start_s)
+        growth: float | None = 0.0
+        if config.looks_ahead:
+            growth = self._growth(num * capacity.blocks_per_instance - capacity.free_blocks, now)
+            capacity = capacity.later(growth or 0.0, self._start_s)
         average = capacity.freeness()
         self._low_since_s = min(self._low_since_s, now) if average < config.low_freeness else math.inf
-        is_spare = capacity.freeness(-1) > config.high_freeness and num_starting == 0
+        is_spare = capacity.freeness(-1) > config.high_freeness and num_starting == 0 and growth is not None
         self._high_since_s = min(self._high_since_s, now) if is_spare else math.inf
         if now - self._acted_s < config.cooldown_s:
             return []
@@ -73,14 +75,18 @@ class Scaler:
             return self._drain(view, capacity, now)
         return []
 
-    def _growth(self, demand: float, now: float) -> float:
-        """Blocks a second by which the demand grew in each of the last two periods, at least; a jump is no growth."""
+    def _growth(self, demand: float, now: float) -> float | None:
+        """Blocks a second by which the demand grew in each of the last two periods, at least; a jump is no growth. None:
+        not known yet.
+        """
         demands, period_s = self._demands, self._config.period_s
         demands.append((now, demand))
         while len(demands) > 1 and demands[1][0] <= now - 2 * period_s:
             demands.popleft()
         first_s, first = demands[0]
-        if not period_s or now - first_s < 2 * period_s:
+        if now - first_s < 2 * period_s:
+            return None
+        if not period_s:
             return 0.0
         middle = next(d for t, d in reversed(demands) if t <= now - period_s)
         return max(0.0, min(middle - first, demand - middle) / period_s)
