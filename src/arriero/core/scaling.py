@@ -76,8 +76,8 @@ class Scaler:
         return []
 
     def _growth(self, demand: float, now: float) -> float | None:
-        """Blocks a second by which the demand grew in each of the last two periods, at least; a jump is no growth. None:
-        not known yet.
+        """Blocks a second by which the demand grew in each of the last two periods, at least: a jump is no growth.
+        None: not known yet.
         """
         demands, period_s = self._demands, self._config.period_s
         demands.append((now, demand))
