@@ -276,9 +276,9 @@ def test_state_machine_reached_commits_and_aborts() -> None:
 def test_every_planted_fault_fits_the_code() -> None:
     """`make mutants` takes minutes; that its patches still apply is known in milliseconds."""
     from arriero.bench.mutants import patch
-    from arriero.bench.planted import MUTANTS  # not in the copies that mutants are planted in
+    from arriero.bench.planted import MUTANTS
 
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
     for mutant in MUTANTS:
-        file = Path(core.__path__[0]) / mutant.file
+        file = Path(core.__path__[0]).parent / mutant.file
         assert patch(file.read_text(), mutant) != file.read_text()
