@@ -28,6 +28,15 @@ def test_a_place_that_keeps_dying_stays_down_until_an_operator_forgives_it() -> 
     assert policy.died(0, 11.0) == Restart(0.0)
 
 
+def test_a_place_whose_instances_somebody_kills_is_not_fenced_but_waits_longer_each_time() -> None:
+    policy = RestartPolicy(CONFIG)
+    delays = [policy.died(0, float(n), from_outside=True) for n in range(9)]
+    assert delays == [Restart(d) for d in (0.0, 1.0, 2.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0)]
+    for n in range(4):
+        assert policy.died(0, 10.0 + n) == Restart(3.0)
+    assert policy.died(0, 15.0) == StayDown("fenced: 5 deaths in 5 s; `arriero restart` revives it")
+
+
 def test_deaths_are_forgotten_after_a_while() -> None:
     policy = RestartPolicy(CONFIG)
     for n in range(20):

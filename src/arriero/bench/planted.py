@@ -286,7 +286,7 @@ MUTANTS = (
     Mutant(
         "a place is never fenced",
         "core/restarts.py",
-        ("        if len(deaths) >= config.max_deaths:\n", "        if False:\n"),
+        ("        if len(crashes) >= config.max_deaths:\n", "        if False:\n"),
     ),
     Mutant(
         "a machine that stood still makes all instances hang",

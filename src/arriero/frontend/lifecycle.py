@@ -47,7 +47,7 @@ class Lifecycle:
 
     def lost(self, instance: Instance) -> None:
         """An instance died."""
-        match self.restarts.died(instance.place, self._clock()):
+        match self.restarts.died(instance.place, self._clock(), from_outside=instance.died_from_outside):
             case Restart(delay_s):
                 self._spawn(self._restart(instance, delay_s))
             case StayDown(reason):
