@@ -262,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--model", default=None, help="model folder (default: the bundled model)")
     group.add_argument("--port", type=int, default=8160, help="(default: %(default)s)")
     group.add_argument("--max-model-len", type=int, default=3072, help="(default: %(default)s)")
-    group.add_argument("--kv-cache-memory-bytes", type=int, default=73_728_000, help="(default: %(default)s)")
+    group.add_argument("--kv-cache-memory-bytes", type=int, default=94_371_840, help="(default: %(default)s)")
     group.add_argument("--block-size", type=int, default=32, help="(default: %(default)s)")
     group.add_argument("--start-timeout", type=float, default=600.0, help="seconds (default: %(default)s)")
     return parser

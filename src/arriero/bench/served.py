@@ -21,7 +21,7 @@ from arriero.sim.fit import StepPoint
 from arriero.sim.network import NetworkConfig
 from arriero.sim.step_time import StepTimeModel
 
-DECODES = ((1, 128), (4, 128), (4, 512), (8, 256), (14, 192))  #: (sequences, context) of each instance
+DECODES = ((1, 128), (4, 128), (4, 512), (8, 256), (12, 160))  #: (sequences, context) of each instance
 DECODE_TOKENS = 40
 PREFILLS = (32, 256, 900)
 REPEATS = 4
@@ -89,7 +89,10 @@ async def _decode(
 
 def _row(rows: Sequence[dict[str, Any]], call: Call) -> dict[str, Any]:
     """The request as the admin API shows it, whose id goes on behind the client's."""
-    return next(row for row in rows if row["client_id"].startswith(call.reply.request_id))
+    row = next((row for row in rows if row["client_id"].startswith(call.reply.request_id)), None)
+    if row is None:
+        raise ArrieroError(f"{call.reply.request_id} ended before the others had begun: do all fit into the KV memory?")
+    return row
 
 
 async def _wait(call: Call, num_tokens: int) -> None:
