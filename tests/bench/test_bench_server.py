@@ -131,6 +131,7 @@ def test_shared_memory_that_a_server_leaves_is_found(port: int, tmp_path: Path) 
         with serving(port, tmp_path / "log", segment=str(segment)) as server:
             ours = SHM / f"arriero-{server.pid}-i0-1"
             ours.touch()
+            assert server.shared_memory() == [ours.name], "the other one is in use"
         assert server.shared_memory() == sorted([segment.name, ours.name])
         ours.unlink()
         segment.unlink()

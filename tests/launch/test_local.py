@@ -296,6 +296,20 @@ async def test_a_killed_instance_leaves_no_shared_memory_behind(world: World, se
     assert not own.exists()
 
 
+async def test_nor_does_one_whose_whole_group_is_killed_from_outside(
+    world: World, segment: Callable[[str], Path]
+) -> None:
+    queue = segment("message-queue")
+    pid = world.start(MAPS_AND_STAYS, payload=str(queue).encode())
+    assert await world.heard.stage() == "mapped"
+    assert queue.exists()
+    os.killpg(pid, signal.SIGKILL)
+    assert await world.heard.next() == ("exit", 0, -signal.SIGKILL)
+    async with asyncio.timeout(LONG_S):  # the end is told before it is over
+        while queue.exists():
+            await asyncio.sleep(0.01)
+
+
 async def test_shared_memory_that_a_peer_owns_outlives_the_instance_that_reads_it(
     world: World, segment: Callable[[str], Path]
 ) -> None:

@@ -114,7 +114,7 @@ class Server:
         self._env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", **(env or {})}
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
-        self._mapped: set[str] = set()
+        self._before: frozenset[str] = frozenset()
 
     def __enter__(self) -> Self:
         self.launch()
@@ -124,6 +124,7 @@ class Server:
     def launch(self) -> None:
         """Start it, without waiting: several servers may start side by side. Raises LaunchError."""
         self._refuse_taken_port()
+        self._before = _segments()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 self.command,
@@ -226,16 +227,19 @@ class Server:
         return [_describe(p) for p in self.processes()]
 
     def shared_memory(self) -> list[str]:
-        """Segments in /dev/shm of this server that exist now: arriero's by name, any other that it had at its end."""
+        """Segments in /dev/shm that have come since its start: arriero's by name, any other that no process has mapped.
+
+        So also what processes left that were killed on the way.
+        """
         ours = {path.name for path in SHM.glob(f"arriero-{self.pid}-*")}
-        return sorted(ours | {name for name in self._mapped if (SHM / name).exists()})
+        mapped = set().union(*map(_mapped_segments, psutil.process_iter()))
+        return sorted(ours | (_segments() - self._before - mapped))
 
     def stop(self) -> None:
         """End it: SIGTERM, and after a while SIGKILL for all that is left. Idempotent."""
         if self._process is None or self.exit_code is not None:
             return
         tree = self.processes()
-        self._mapped = set().union(*map(_mapped_segments, tree))
         self._signal(signal.SIGCONT)
         self._process.terminate()
         try:
@@ -253,6 +257,10 @@ class Server:
 
 def _die_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _segments() -> frozenset[str]:
+    return frozenset(os.listdir(SHM))
 
 
 def _mapped_segments(process: psutil.Process) -> set[str]:

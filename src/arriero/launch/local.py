@@ -36,7 +36,7 @@ class _Child:
     status_fd: int
     is_told: bool = False  # its end
     status_buffer: bytes = b""
-    left: set[Path] = field(default_factory=set)  # shared memory that it had when it was killed
+    left: set[Path] = field(default_factory=set)  # shared memory that it was seen to have
 
 
 class LocalLauncher:
@@ -164,6 +164,8 @@ class LocalLauncher:
             except msgspec.MsgspecError:
                 continue
             if "stage" in news:
+                # Now: when the whole group has been killed, nothing tells any more what it had mapped.
+                child.left |= shared_memory_of_group(child.process.pid)
                 events.on_status(instance, str(news["stage"]))
             elif news.get("asks") == "drain":
                 events.on_drain_asked(instance)
