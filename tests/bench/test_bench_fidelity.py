@@ -56,8 +56,16 @@ def test_what_a_request_costs_before_its_first_step_is_found() -> None:
 
 
 def test_drift_is_the_typical_change_of_the_machine_s_speed() -> None:
-    assert served(1.0, 0.5, 5.0).drift(served(1.0, 0.5, 5.0, speed=1.04)) == pytest.approx(0.04)
-    assert served(1.0, 0.5, 5.0).drift(served(1.0, 0.5, 5.0, speed=0.9)) == pytest.approx(0.1)
+    before = served(0.0, 0.0, 0.0)
+    assert before.drift(served(0.0, 0.0, 0.0, speed=1.04), MODEL) == pytest.approx(0.04)
+    assert before.drift(served(0.0, 0.0, 0.0, speed=0.9), MODEL) == pytest.approx(0.1)
+    busy = served(1.0, 0.5, 5.0)
+    assert busy.drift(served(1.0, 0.5, 5.0, speed=1.04), MODEL) == pytest.approx(0.04)
+
+
+def test_drift_does_not_ask_for_the_same_points_twice() -> None:
+    before, after = served(0.0, 0.0, 0.0), served(0.0, 0.0, 0.0, speed=1.1)
+    assert before.drift(replace(after, decodes=after.decodes[1:]), MODEL) == pytest.approx(0.1)
 
 
 def test_the_simulator_is_asked_for_the_plan_s_requests_as_their_clients_see_them() -> None:

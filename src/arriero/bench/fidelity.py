@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import psutil
 
 from arriero.bench import report, served
 from arriero.bench.client import Client
@@ -94,9 +97,10 @@ def work_ms(model: StepTimeModel, prompt_tokens: int, output_tokens: int) -> flo
 # ---------------------------------------------------------------------- the real side
 
 
-async def measure(url: str, model: str, plan: Plan, workload: Workload, seed: int) -> Sample:
+async def measure(url: str, model: str, plan: Plan, step_time: StepTimeModel, seed: int) -> Sample:
     """Calibrate, replay, calibrate. Raises ArrieroError if an answer is not whole."""
     prompts = Prompts(model, random.Random(seed))
+    workload = plan.workload(step_time)
     async with Client(url) as client:
         await served.measure(client, SERVED_NAME, prompts, plan.instances)  # warms up, counts for nothing
         network = await served.copy_costs(client, SERVED_NAME, prompts)
@@ -109,7 +113,7 @@ async def measure(url: str, model: str, plan: Plan, workload: Workload, seed: in
         "network": network,
         "before": before,
         "after": after,
-        "drift": before.drift(after),
+        "drift": before.drift(after, step_time),
         "machine_stalled_s": stalled_s,
         "seen": seen,
         "events": [e for e in events if e["event"] in ("dispatch", "migration")],
@@ -218,8 +222,9 @@ def run(policy: str, profile: Profile, plan: Plan, args: argparse.Namespace) -> 
     workload = plan.workload(profile.step_time)
     say(f"{policy}: starting {plan.instances} instances, for {workload.rate:.3f} requests a second")
     with Server(command, port=args.port, log=log_file(f"fidelity-{policy}"), timeout_s=args.start_timeout) as server:
+        share_cores(server.pid)
         for number in range(args.tries):
-            sample = asyncio.run(measure(server.url, model, plan, workload, args.seed + number))
+            sample = asyncio.run(measure(server.url, model, plan, profile.step_time, args.seed + number))
             if sample["drift"] <= MAX_DRIFT and not sample["machine_stalled_s"]:
                 break
             say(f"{policy}: calibrations differ by {100 * sample['drift']:.1f} %")
@@ -236,6 +241,19 @@ def run(policy: str, profile: Profile, plan: Plan, args: argparse.Namespace) -> 
         "compared": compare(sample["seen"], simulated),
         "commit": report.environment()["commit"],
     }
+
+
+def share_cores(front_end: int) -> None:
+    """Put the front end and this client on cores of their own, as far as there are two.
+
+    Engines have theirs. Left to the kernel, both may stay beside the same engine for seconds, which then runs at two
+    thirds of the other's speed; the simulator knows one speed.
+    """
+    cores = sorted(psutil.Process(front_end).cpu_affinity() or ())
+    for pid, core in ((front_end, cores[0]), (os.getpid(), cores[-1])):
+        for thread in psutil.Process(pid).threads():
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(thread.id, {core})
 
 
 def policy_flags(policy: str) -> list[str]:

@@ -36,10 +36,14 @@ class Served:
     decodes: Sequence[StepPoint]  #: one for each instance and load
     prefills: Sequence[StepPoint]  #: times to the first token of lone requests
 
-    def drift(self, other: Served) -> float:
-        """By which share the times of two calibrations differ, as a median over their points."""
-        pairs = zip([*self.decodes, *self.prefills], [*other.decodes, *other.prefills], strict=True)
-        return abs(median(b.ms / a.ms for a, b in pairs) - 1)
+    def slowness(self, model: StepTimeModel) -> float:
+        """The times over those of ``model``, as a median over the points: 1 if it tells them."""
+        points = [*self.decodes, *self.prefills]
+        return median(p.ms / model.step_ms(p.prefills, p.num_decodes, p.context_tokens) for p in points)
+
+    def drift(self, other: Served, model: StepTimeModel) -> float:
+        """By which share two calibrations differ. Their points may: a policy need not split a load alike twice."""
+        return abs(other.slowness(model) / self.slowness(model) - 1)
 
 
 async def measure(client: Client, model: str, prompts: Prompts, num_engines: int) -> Served:
