@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import select
@@ -296,6 +297,13 @@ async def test_a_killed_instance_leaves_no_shared_memory_behind(world: World, se
     assert not own.exists()
 
 
+async def until_gone(path: Path) -> None:
+    """The end of an instance is told before it is over."""
+    async with asyncio.timeout(LONG_S):
+        while os.access(path, os.F_OK):
+            await asyncio.sleep(0.01)
+
+
 async def test_nor_does_one_whose_whole_group_is_killed_from_outside(
     world: World, segment: Callable[[str], Path]
 ) -> None:
@@ -305,9 +313,23 @@ async def test_nor_does_one_whose_whole_group_is_killed_from_outside(
     assert queue.exists()
     os.killpg(pid, signal.SIGKILL)
     assert await world.heard.next() == ("exit", 0, -signal.SIGKILL)
-    async with asyncio.timeout(LONG_S):  # the end is told before it is over
-        while queue.exists():
-            await asyncio.sleep(0.01)
+    await until_gone(queue)
+
+
+async def test_nor_a_semaphore_which_is_mapped_under_a_name_that_is_no_more(world: World) -> None:
+    pid = world.start(
+        "import multiprocessing\n"
+        "held = multiprocessing.get_context('spawn').Semaphore()\n"
+        f"report_stage(held._semlock.name)\nwhile True: {FOR_EVER}"
+    )
+    semaphore = f"/dev/shm/sem.{(await world.heard.stage()).removeprefix('/')}"
+    assert os.access(semaphore, os.F_OK)
+    os.killpg(pid, signal.SIGKILL)
+    try:
+        await until_gone(Path(semaphore))
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(semaphore)
 
 
 async def test_shared_memory_that_a_peer_owns_outlives_the_instance_that_reads_it(

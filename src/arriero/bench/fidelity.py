@@ -18,7 +18,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -222,9 +222,9 @@ def run(policy: str, profile: Profile, plan: Plan, args: argparse.Namespace) -> 
     workload = plan.workload(profile.step_time)
     say(f"{policy}: starting {plan.instances} instances, for {workload.rate:.3f} requests a second")
     with Server(command, port=args.port, log=log_file(f"fidelity-{policy}"), timeout_s=args.start_timeout) as server:
-        share_cores(server.pid)
         for number in range(args.tries):
-            sample = asyncio.run(measure(server.url, model, plan, profile.step_time, args.seed + number))
+            with cores_shared(server.pid):
+                sample = asyncio.run(measure(server.url, model, plan, profile.step_time, args.seed + number))
             if sample["drift"] <= MAX_DRIFT and not sample["machine_stalled_s"]:
                 break
             say(f"{policy}: calibrations differ by {100 * sample['drift']:.1f} %")
@@ -243,17 +243,27 @@ def run(policy: str, profile: Profile, plan: Plan, args: argparse.Namespace) -> 
     }
 
 
-def share_cores(front_end: int) -> None:
-    """Put the front end and this client on cores of their own, as far as there are two.
+@contextlib.contextmanager
+def cores_shared(front_end: int) -> Iterator[None]:
+    """Put front end and client on a core each, as far as there are two; the client for as long as this lasts.
 
     Engines have theirs. Left to the kernel, both may stay beside the same engine for seconds, which then runs at two
     thirds of the other's speed; the simulator knows one speed.
     """
-    cores = sorted(psutil.Process(front_end).cpu_affinity() or ())
-    for pid, core in ((front_end, cores[0]), (os.getpid(), cores[-1])):
-        for thread in psutil.Process(pid).threads():
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(thread.id, {core})
+    before = os.sched_getaffinity(0)  # what later children get
+    cores = sorted(before)
+    _pin(front_end, {cores[0]})
+    _pin(os.getpid(), {cores[-1]})
+    try:
+        yield
+    finally:
+        _pin(os.getpid(), before)
+
+
+def _pin(pid: int, cores: Iterable[int]) -> None:
+    for thread in psutil.Process(pid).threads():
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(thread.id, cores)
 
 
 def policy_flags(policy: str) -> list[str]:

@@ -37,9 +37,11 @@ def shared_memory_of_group(process_group: int) -> set[Path]:
 
 
 def _mapped(pid: int) -> set[Path]:
+    """By inode: a semaphore is mapped under a temporary name, which glibc unlinks once it has linked the final one."""
     lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    paths = {Path(fields[5]) for line in lines if len(fields := line.split(maxsplit=5)) == 6}
-    return {path for path in paths if path.parent == SHM}
+    inodes = {int(f[4]) for line in lines if len(f := line.split(maxsplit=5)) == 6 and f[5].startswith(f"{SHM}/")}
+    with os.scandir(SHM) as entries:
+        return {Path(entry.path) for entry in entries if entry.inode() in inodes}
 
 
 def reclaim(files: set[Path]) -> None:
