@@ -9,7 +9,7 @@ import pytest
 
 from arriero.bench.fidelity import Plan, as_served, compare, simulate, targets_of
 from arriero.bench.replay import Seen
-from arriero.bench.served import Served, request_ms, with_front_end
+from arriero.bench.served import Served, in_service
 from arriero.sim.fit import StepPoint
 from arriero.sim.network import NetworkConfig
 from arriero.sim.profiles import Profile
@@ -42,17 +42,26 @@ def served(host_ms: float, each_ms: float, request_ms: float, speed: float = 1.0
 
 
 def test_the_front_end_s_share_of_a_step_is_found() -> None:
-    model = with_front_end(MODEL, [served(1.5, 0.6, 0.0), served(1.5, 0.6, 0.0)])
+    model, _ = in_service(MODEL, [served(1.5, 0.6, 0.0), served(1.5, 0.6, 0.0)])
     assert (model.host_ms, model.d) == (pytest.approx(1.5), pytest.approx(0.9))
     assert replace(model, host_ms=0.0, d=MODEL.d) == MODEL
 
 
 def test_a_front_end_that_seems_to_speed_steps_up_counts_as_none() -> None:
-    assert with_front_end(MODEL, [served(-2.0, -0.1, 0.0)]) == MODEL
+    assert in_service(MODEL, [served(-2.0, -0.1, 0.0)]) == (MODEL, 0.0)
 
 
 def test_what_a_request_costs_before_its_first_step_is_found() -> None:
-    assert request_ms(MODEL, [served(0.0, 0.0, 7.0)]) == pytest.approx(7.0)
+    assert in_service(MODEL, [served(0.0, 0.0, 7.0)]) == (MODEL, pytest.approx(7.0))
+
+
+def test_what_neighbours_cost_each_token_of_a_prompt_is_found() -> None:
+    seen = served(1.5, 0.6, 7.0)
+    slowed = [replace(p, ms=p.ms + 0.2 * p.prefills[0][0]) for p in seen.prefills]
+    decodes = [replace(p, ms=p.ms + 0.2 * p.num_decodes) for p in seen.decodes]  # they are tokens of a step, too
+    model, cost_ms = in_service(MODEL, [Served(decodes=decodes, prefills=slowed)])
+    assert model.b == pytest.approx(MODEL.b + 0.2)
+    assert (model.host_ms, model.d, cost_ms) == (pytest.approx(1.5), pytest.approx(0.9), pytest.approx(7.0 - 1.5))
 
 
 def test_drift_is_the_typical_change_of_the_machine_s_speed() -> None:

@@ -148,9 +148,8 @@ def _seen_by_client(values: dict[str, float], request_s: float) -> dict[str, flo
 
 def as_served(profile: Profile, sample: Sample) -> tuple[Profile, float]:
     """The profile with the front end in the loop, and ``request_ms``; from both calibrations of a sample."""
-    both = [sample["before"], sample["after"]]
-    model = served.with_front_end(profile.step_time, both)
-    return replace(profile, step_time=model, network=sample["network"]), served.request_ms(model, both)
+    step_time, request_ms = served.in_service(profile.step_time, [sample["before"], sample["after"]])
+    return replace(profile, step_time=step_time, network=sample["network"]), request_ms
 
 
 # ---------------------------------------------------------------------- side by side
@@ -228,14 +227,14 @@ def run(policy: str, profile: Profile, plan: Plan, args: argparse.Namespace) -> 
             if sample["drift"] <= MAX_DRIFT and not sample["machine_stalled_s"]:
                 break
             say(f"{policy}: calibrations differ by {100 * sample['drift']:.1f} %")
-    in_service, request_ms = as_served(profile, sample)
-    simulated = simulate(in_service, plan, workload, policy, request_ms)
+    profile, request_ms = as_served(profile, sample)
+    simulated = simulate(profile, plan, workload, policy, request_ms)
     return {
         "policy": policy,
         "rate": workload.rate,
         "discarded": number,
         **sample,
-        "profile": in_service,
+        "profile": profile,
         "request_ms": request_ms,
         "simulated": simulated,
         "compared": compare(sample["seen"], simulated),

@@ -2,8 +2,9 @@
 
 Front end, client and engines share the cores of a small machine. Every token costs the front end and the client some
 time, and while they have a core, no engine has it. Seen from an engine, its steps grow by a constant and by a share for
-each sequence, since other instances are loaded alike: ``host_ms + d_served * B``. What a request costs the front
-end before its first step (HTTP, tokenising, dispatch) is ``request_ms``.
+each sequence, since other instances are loaded alike: ``host_ms + d_served * B``. Each token of a prompt takes longer
+while other engines compute, which share caches and memory. What a request costs the front end before its first step
+(HTTP, tokenising, dispatch) is ``request_ms``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Served:
     """One calibration of a running server."""
 
     decodes: Sequence[StepPoint]  #: one for each instance and load
-    prefills: Sequence[StepPoint]  #: times to the first token of lone requests
+    prefills: Sequence[StepPoint]  #: times to the first token, each instance having one request
 
     def slowness(self, model: StepTimeModel) -> float:
         """The times over those of ``model``, as a median over the points: 1 if it tells them."""
@@ -47,7 +48,7 @@ class Served:
 
 
 async def measure(client: Client, model: str, prompts: Prompts, num_engines: int) -> Served:
-    """Load all instances alike, then send lone prompts. Raises ArrieroError if an answer ends early."""
+    """Load all instances alike, then send each one prompt at a time. Raises ArrieroError if an answer ends early."""
     decodes = [
         point
         for num_seqs, context in DECODES
@@ -55,7 +56,13 @@ async def measure(client: Client, model: str, prompts: Prompts, num_engines: int
     ]
     prefills = []
     for length in PREFILLS:
-        replies = [await client.send(COMPLETIONS, completion(model, prompts.text(length), 1)) for _ in range(REPEATS)]
+        replies = [
+            reply
+            for _ in range(REPEATS)
+            for reply in await asyncio.gather(
+                *(client.send(COMPLETIONS, completion(model, prompts.text(length), 1)) for _ in range(num_engines))
+            )
+        ]
         prefills.append(StepPoint(((length, 0),), 0, 0, 1e3 * median(reply.ttft_s for reply in replies)))
     return Served(decodes=decodes, prefills=prefills)
 
@@ -126,18 +133,26 @@ async def copy_costs(client: Client, model: str, prompts: Prompts) -> NetworkCon
     )
 
 
-def with_front_end(model: StepTimeModel, served: Sequence[Served]) -> StepTimeModel:
-    """``model`` with the ``host_ms`` and the share of each sequence that ``served`` shows beyond it, both 0 or more."""
+def in_service(model: StepTimeModel, served: Sequence[Served]) -> tuple[StepTimeModel, float]:
+    """``model`` as ``served`` shows it, and ``request_ms``; all that is added is 0 or more.
+
+    From the prefills, what each of their tokens takes longer beside busy neighbours and what a request costs before its
+    first step; then from the decodes ``host_ms`` and the share of each sequence.
+    """
+    prefills = [point for one in served for point in one.prefills]
+    token_ms, request_ms = _beyond(model, prefills, [sum(n for n, _ in p.prefills) for p in prefills])
+    slowed = replace(model, b=model.b + token_ms)
+    decodes = [point for one in served for point in one.decodes]
+    each_ms, host_ms = _beyond(slowed, decodes, [p.num_decodes for p in decodes])
+    # A request's time to its first token holds the step's own share of the front end, too.
+    return replace(slowed, host_ms=slowed.host_ms + host_ms, d=slowed.d + each_ms), max(0.0, request_ms - host_ms)
+
+
+def _beyond(model: StepTimeModel, points: Sequence[StepPoint], amounts: Sequence[int]) -> tuple[float, float]:
+    """Milliseconds for each of ``amounts``, and of each point, that explain best what it takes beyond ``model``."""
     from scipy.optimize import nnls
 
-    points = [point for one in served for point in one.decodes]
     beyond = [p.ms - model.step_ms(p.prefills, p.num_decodes, p.context_tokens) for p in points]
-    rows = [[1.0 / p.ms, p.num_decodes / p.ms] for p in points]
-    (host_ms, each_ms), _ = nnls(rows, [b / p.ms for b, p in zip(beyond, points, strict=True)])
-    return replace(model, host_ms=model.host_ms + float(host_ms), d=model.d + float(each_ms))
-
-
-def request_ms(model: StepTimeModel, served: Sequence[Served]) -> float:
-    """Of the front end for one request: the median of what lone requests took longer than their step."""
-    points = [point for one in served for point in one.prefills]
-    return max(0.0, median(p.ms - model.step_ms(p.prefills, 0, 0) for p in points))
+    rows = [[amount / p.ms, 1.0 / p.ms] for p, amount in zip(points, amounts, strict=True)]
+    (each, constant), _ = nnls(rows, [b / p.ms for b, p in zip(beyond, points, strict=True)])
+    return float(each), float(constant)
