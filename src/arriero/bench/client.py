@@ -196,8 +196,8 @@ class Client:
         self._stalls: list[tuple[float, float]] = []  # when, for how many seconds
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30.0)
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        # A server closes a connection that has been idle for 5 s (uvicorn): none is used again shortly before.
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
+        # A busy server closes an idle connection (uvicorn: after 5 s) as a request comes in on it: none is used twice.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers)
 
     async def __aenter__(self) -> Self:
