@@ -211,6 +211,9 @@ class GlobalScheduler:
     def _dispatch(self, request: Dispatchable, instance: InstanceId, commands: list[Command]) -> None:
         self._queue.remove(request.request_id)
         reason = f"by {self.config.dispatch_policy}; freeness {self.view.freeness(instance):.1f}"
+        holders, num_tokens = self.view.prefixes.find(request)
+        if instance in holders:
+            reason += f"; holds {num_tokens} tokens of its prompt"
         shown = self._standings()
         commands.append(Dispatch(request_id=request.request_id, instance=instance, reason=reason, alternatives=shown))
         self.view.sent(request, instance)

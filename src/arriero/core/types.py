@@ -140,3 +140,4 @@ class Dispatchable:
     unmovable: str | None = None  #: why it can never be migrated, if so
     is_replay: bool = False  #: its stream has begun and its KV cache is lost: it goes before those that have not begun
     block_hashes: tuple[int, ...] = ()  #: of the prompt's full blocks, each over its whole prefix; empty: not known
+    num_hashed_tokens: int = 0  #: of the prompt, that block_hashes cover, in equal parts but for the last
