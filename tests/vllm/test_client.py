@@ -22,7 +22,6 @@ from arriero.frontend.requests import LiveRequest
 from arriero.vllm.client import ClusterClient, facts_of
 from arriero.vllm.compat import GracefulHTTPError
 
-
 CONFIG: Any = SimpleNamespace(cache_config=SimpleNamespace(block_size=16, enable_prefix_caching=True))
 
 

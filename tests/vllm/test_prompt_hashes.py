@@ -40,7 +40,9 @@ def test_each_whole_block_has_a_hash_over_all_before_it() -> None:
     hashes, num_tokens = prompt_hashes(request(PROMPT), 16)
     assert (len(hashes), num_tokens) == (4, 256), "blocks of 64 tokens"
     assert prompt_hashes(request(PROMPT[:130]), 16)[0] == hashes[:2]
-    assert prompt_hashes(request([9, *PROMPT[1:]]), 16)[0][1] != hashes[1], "the second block is the same, its prefix not"
+    assert prompt_hashes(request([9, *PROMPT[1:]]), 16)[0][1] != hashes[1], (
+        "the second block is the same, its prefix not"
+    )
     assert prompt_hashes(request(PROMPT[:200] + [0] * 100), 16)[0][:3] == hashes[:3]
 
 
@@ -72,10 +74,7 @@ def test_a_prompt_that_shares_no_blocks_has_none(tokens: list[int] | None, facts
 
 def test_another_process_finds_the_same_hashes() -> None:
     """A log that one process wrote is repeated by another."""
-    script = (
-        "from tests.vllm.test_prompt_hashes import *\n"
-        "print(prompt_hashes(request(PROMPT, cache_salt='x'), 16)[0])"
-    )
+    script = "from tests.vllm.test_prompt_hashes import *\nprint(prompt_hashes(request(PROMPT, cache_salt='x'), 16)[0])"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[-1] == str(prompt_hashes(request(PROMPT, cache_salt="x"), 16)[0])
 

@@ -12,7 +12,7 @@ from arriero.core.errors import ProtocolError
 from arriero.core.pace import StepPace
 from arriero.core.types import Dispatchable, InstanceId, RequestId
 from arriero.observe.decisions import make_scheduler
-from arriero.observe.events import EventLog
+from arriero.observe.events import EventLog, known
 from arriero.sim.fast_engine import FastEngine, FastSequence
 from arriero.sim.fast_reports import check_integrity, prefix_hit
 from arriero.sim.foretelling import foretell
@@ -195,6 +195,7 @@ class Simulator:
             num_prompt_tokens=arrival.prompt_tokens,
             max_tokens=self._max_tokens(arrival),
             priority=arrival.priority,
+            ttft_target_s=arrival.ttft_target_s,
             block_hashes=hashes,
             num_hashed_tokens=min(arrival.prompt_tokens, len(hashes) * PREFIX_BLOCK_TOKENS),
         )
@@ -267,6 +268,7 @@ class Simulator:
             prompt_tokens=arrival.prompt_tokens,
             max_tokens=self._max_tokens(arrival),
             priority=arrival.priority,
+            **known(ttft_target_s=arrival.ttft_target_s),
         )
         if record in self._losses:
             self._losses.place(record, instance)

@@ -12,6 +12,7 @@ from arriero.core.types import Dispatchable, InstanceId
 from arriero.frontend.cluster import Cluster
 from arriero.frontend.placements import current_placement
 from arriero.frontend.requests import LiveRequest
+from arriero.frontend.targets import current_ttft_target_s
 from arriero.vllm.compat import AsyncMPClient, BackgroundResources, EngineCoreRequest, GracefulHTTPError
 from arriero.vllm.prompt_hashes import prompt_hashes
 
@@ -60,7 +61,8 @@ class ClusterClient(AsyncMPClient):
         placement = current_placement()
         try:
             name = request.external_req_id or request.request_id
-            await self.cluster.intake.admit(request, facts_of(request, self._hashed_block_size), name, placement.placed)
+            facts = facts_of(request, self._hashed_block_size, current_ttft_target_s())
+            await self.cluster.intake.admit(request, facts, name, placement.placed)
         except asyncio.CancelledError:
             self._forget(request.request_id)
             raise
@@ -141,7 +143,7 @@ class ClusterClient(AsyncMPClient):
             self.cluster.close(SHUTDOWN_GRACE_S)
 
 
-def facts_of(request: EngineCoreRequest, block_size: int | None) -> Dispatchable:
+def facts_of(request: EngineCoreRequest, block_size: int | None, ttft_target_s: float | None = None) -> Dispatchable:
     """What the scheduler needs to know of a request; ``block_size``: of the prefix caches, None if there are none."""
     params = request.sampling_params
     hashes, num_hashed_tokens = prompt_hashes(request, block_size) if block_size else ((), 0)
@@ -150,6 +152,7 @@ def facts_of(request: EngineCoreRequest, block_size: int | None) -> Dispatchable
         num_prompt_tokens=_num_prompt_tokens(request),
         max_tokens=params.max_tokens if params is not None and params.max_tokens is not None else 1,
         priority=request.priority,
+        ttft_target_s=ttft_target_s,
         unmovable=unmovable_reason(request),
         block_hashes=hashes,
         num_hashed_tokens=num_hashed_tokens,

@@ -14,7 +14,7 @@ class PrefixFreeness:
 
         cost(i) = tokens of the prompt to compute on i + tokens that i has yet to prefill + tokens in use on i
 
-    This is the cost of NVIDIA Dynamo's KV router (``overlap_score_weight`` 1, its default), in tokens instead of blocks.
+    This is the cost of NVIDIA Dynamo's KV router (``overlap_score_weight`` 1, its default), in tokens, not in blocks.
     A holder is chosen if it costs less than the freest instance: it may be fuller by what it holds of the prompt, no
     more, so a prefix that all prompts share crowds nobody. What is uneven afterwards is the rebalancer's.
     """
