@@ -22,12 +22,13 @@ from arriero.core.dispatch import (
     LeastOutstanding,
     MaxFreeness,
     PowerOfTwo,
+    PrefixFreeness,
     RoundRobin,
     VllmDataParallel,
     make_dispatch_policy,
 )
-from arriero.core.dispatch.prefixes import PrefixMap
 from arriero.core.errors import ConfigError
+from arriero.core.prefixes import PrefixMap
 from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, InstanceState, Phase, RequestSnapshot
 
 BLOCK_SIZE = 16
@@ -230,7 +231,10 @@ def test_the_score_of_vllms_balancer_punishes_queues_on_full_instances() -> None
 
 
 def with_prefix(name: str, *hashes: int) -> Dispatchable:
-    return Dispatchable(request_id=name, num_prompt_tokens=16 * len(hashes), max_tokens=1, block_hashes=hashes)
+    tokens = 16 * len(hashes)
+    return Dispatchable(
+        request_id=name, num_prompt_tokens=tokens, max_tokens=1, block_hashes=hashes, num_hashed_tokens=tokens
+    )
 
 
 def test_a_prompt_follows_the_longest_prefix_that_was_sent_somewhere() -> None:
@@ -258,15 +262,71 @@ def test_affinity_ends_where_the_instance_has_far_more_requests_than_another() -
     assert policy.choose(with_prefix("last", 1), seen) == 1
 
 
-def test_the_prefixes_that_were_not_seen_for_longest_are_forgotten() -> None:
-    prefixes = PrefixMap(capacity=3)
-    prefixes.sent(with_prefix("a", 1, 2), 0)
-    prefixes.sent(with_prefix("b", 3), 1)
-    prefixes.sent(with_prefix("c", 1, 4), 2)
-    assert len(prefixes) == 3
-    assert prefixes.find(with_prefix("d", 2)) is None
-    assert prefixes.find(with_prefix("e", 1, 9)) == (2, 0.5)
-    assert prefixes.find(with_prefix("f")) is None
+def test_a_holder_of_the_prefix_may_be_fuller_by_what_it_holds() -> None:
+    policy, seen = PrefixFreeness(), view({0: (6, 0), 1: (10, 0)})
+    seen.sent(with_prefix("first", 1, 2, 3, 4), 1)
+    seen.ended("first")
+    same = with_prefix("same", 1, 2, 3, 4, 5)
+    assert policy.choose(same, seen) == 0, "4 blocks are as much as it is fuller by"
+    seen.see(snapshot(0, 7))
+    assert policy.choose(same, seen) == 1
+    assert policy.choose(with_prefix("shorter", 1, 2, 3, 9), seen) == 0, "here 3 blocks"
+    assert policy.choose(with_prefix("other", 6, 7, 8, 9), seen) == 0
+    assert policy.choose(REQUEST, seen) == 0, "of which no hashes are known"
+    seen.sent(same, 0)
+    seen.ended("same")
+    assert policy.choose(same, seen) == 0, "it holds it now itself"
+
+
+def test_what_is_on_its_way_to_a_holder_counts_as_load_and_as_work() -> None:
+    policy, seen = PrefixFreeness(), view({0: (0, 0), 1: (0, 0)})
+    seen.sent(with_prefix("first", 1, 2, 3, 4), 1)
+    assert policy.choose(with_prefix("next", 1, 2, 3, 4), seen) == 0
+    seen.set_state(0, InstanceState.DRAINING)
+    assert policy.choose(with_prefix("next", 1, 2, 3, 4), seen) == 1, "nobody else takes requests"
+
+
+def test_a_holder_that_has_shown_nothing_yet_is_asked_like_the_others() -> None:
+    policy, seen = PrefixFreeness(), view({0: (10, 0)})
+    seen.set_state(1, InstanceState.READY)
+    seen.sent(with_prefix("first", *range(50)), 1)
+    assert policy.choose(with_prefix("next", *range(50)), seen) == 0
+    seen.ended("first")
+    assert policy.choose(with_prefix("next", *range(50)), seen) == 1
+
+
+def test_a_holder_that_takes_no_requests_is_passed_over() -> None:
+    policy, seen = PrefixFreeness(), view({0: (0, 0), 1: (0, 0)})
+    seen.sent(with_prefix("first", *range(50)), 1)
+    seen.set_state(1, InstanceState.DRAINING)
+    assert policy.choose(with_prefix("next", *range(50)), seen) == 0
+    seen.remove(1)
+    assert len(seen.prefixes) == 0
+
+
+def test_a_prefix_is_known_where_its_request_moved_to() -> None:
+    seen = view({0: (0, 0), 1: (0, 0)})
+    request = with_prefix("r", 1, 2)
+    seen.sent(request, 0)
+    seen.moved("r", 1)
+    assert list(seen.prefixes.find(request)[0]) == [0, 1]
+
+
+def test_of_prefixes_so_much_is_remembered_as_the_memory_holds() -> None:
+    prefixes = PrefixMap()
+    prefixes.sent(with_prefix("a", 1, 2), 0, 48)
+    prefixes.sent(with_prefix("b", 3), 1, None)
+    prefixes.sent(with_prefix("c", 1, 4), 0, 48)
+    assert prefixes.find(with_prefix("d", 1, 2)) == ({0: None}, 32)
+    prefixes.sent(with_prefix("e", 5), 0, 48)
+    assert prefixes.find(with_prefix("d", 1, 2)) == ({0: None}, 16), "a prompt's last block goes first"
+    prefixes.sent(with_prefix("e", 5, 6, 7), 0, 48)
+    assert prefixes.find(with_prefix("d", 1, 2)) == ({}, 0)
+    assert prefixes.find(with_prefix("b", 3, 9)) == ({1: None}, 16)
+    assert prefixes.find(with_prefix("f")) == ({}, 0)
+    prefixes.forget(1)
+    prefixes.forget(0)
+    assert not len(prefixes)
 
 
 def test_a_heap_of_many_changes_is_swept() -> None:

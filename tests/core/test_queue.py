@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,3 +37,26 @@ def test_replays_come_first_then_by_priority_then_by_arrival(
     assert queue.demand() == (len(waiting), sum(r.num_prompt_tokens + 1 for r in waiting))
     assert len(queue) == len(waiting)
     assert queue.older_than(3.0) == [r for r in order if int(r.request_id[1:]) < 3]
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.one_of(st.none(), st.floats(0.1, 20))), max_size=12))
+def test_among_equals_the_earliest_deadline_is_first_and_no_target_is_the_usual_one(
+    arrivals: list[tuple[int, float | None]],
+) -> None:
+    queue = RequestQueue(5.0)
+    waiting = []
+    for n, (priority, target_s) in enumerate(arrivals):
+        request = replace(facts(n, False, priority, 1), ttft_target_s=target_s)
+        queue.push(request, float(n))
+        waiting.append((priority, n + (5.0 if target_s is None else target_s), n, request))
+    assert list(queue.first(100)) == [request for *_, request in sorted(waiting, key=lambda w: w[:3])]
+
+
+def test_the_hurried_overtake_those_without_a_target_but_not_for_ever() -> None:
+    queue = RequestQueue(5.0)
+    queue.push(facts(0, False, 0, 1), 0.0)
+    for n in (3, 5):
+        queue.push(replace(facts(n, False, 0, 1), ttft_target_s=1.0), float(n))
+    assert [r.request_id for r in queue.first(3)] == ["r3", "r0", "r5"]
+    queue.push(replace(facts(6, False, -1, 1), ttft_target_s=60.0), 6.0)
+    assert next(queue.first(1)).request_id == "r6", "priority goes before any target"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from http import HTTPStatus
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from arriero.frontend.requests import LiveRequest
 from arriero.vllm.client import ClusterClient, facts_of
 from arriero.vllm.compat import GracefulHTTPError
+
+CONFIG: Any = SimpleNamespace(cache_config=SimpleNamespace(block_size=16, enable_prefix_caching=True))
 
 
 class NoInstances:
@@ -65,7 +68,7 @@ async def test_a_lost_pooling_request_ends_with_an_error_that_vllms_output_handl
     request = pooling_request("r")
     queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, "r")
     processor.add_request(request, None, None, 0, queue)
-    assert cluster.fail(LiveRequest(facts_of(request), request, 0, "r", 0.0), "all instances are gone")
+    assert cluster.fail(LiveRequest(facts_of(request, 16), request, 0, "r", 0.0), "all instances are gone")
     with pytest.raises(GracefulHTTPError, match="all instances are gone"):
         await queue.get()
     assert not processor.has_unfinished_requests()
@@ -75,7 +78,7 @@ async def test_a_lost_pooling_request_ends_with_an_error_that_vllms_output_handl
 async def test_a_request_that_finds_no_instance_gets_503_and_is_forgotten_by_the_output_processor() -> None:
     """Else it would count as unfinished, against the queue's limit, for as long as the server lives."""
     processor = OutputProcessor(tokenizer=None, log_stats=False)
-    client = ClusterClient(None, NoInstances())  # type: ignore[arg-type]
+    client = ClusterClient(CONFIG, NoInstances())  # type: ignore[arg-type]
     client.output_processor = processor
     request = EngineCoreRequest(
         request_id="r",

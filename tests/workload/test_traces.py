@@ -82,6 +82,16 @@ def test_a_malformed_line_is_named_with_field_and_value(tmp_path: Path, line: st
     assert message in str(caught.value)
 
 
+def test_targets_may_be_missing_and_are_written_back(tmp_path: Path) -> None:
+    path = write(tmp_path, f"{HEADER},ttft_target_s", "1,1,1,0.5", "1,1,1,")
+    workload = read_trace(path)
+    assert [a.ttft_target_s for a in workload.arrivals] == [0.5, None]
+    write_trace(tmp_path / "again.csv", workload.arrivals)
+    assert read_trace(tmp_path / "again.csv").arrivals == workload.arrivals
+    with pytest.raises(ConfigError, match="line 2: ttft_target_s='0' is invalid: it must be seconds, more than 0"):
+        read_trace(write(tmp_path, f"{HEADER},ttft_target_s", "1,1,1,0"))
+
+
 @pytest.mark.parametrize("ids", ["a", "3-1", "1,2", "1-"])
 def test_malformed_hash_ids(tmp_path: Path, ids: str) -> None:
     path = write(tmp_path, f"{HEADER},hash_ids", f'1,1,1,"{ids}"')

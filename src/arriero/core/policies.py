@@ -22,7 +22,7 @@ _PAPER = RebalancingConfig(
 
 POLICIES: dict[str, SchedulerConfig] = {
     "arriero": SchedulerConfig(
-        dispatch_policy="freeness",
+        dispatch_policy="prefix_freeness",
         load=LoadConfig(queue_term=QueueTerm.ALL, load_targets=_TARGETS),
         queueing=QueueingConfig(),
         rebalancing=RebalancingConfig(),

@@ -12,17 +12,23 @@ from arriero.core.types import Dispatchable, RequestId
 
 @dataclass(order=True, slots=True)
 class Queued:
-    """A request in the queue: replays first, since their streams have begun; then by priority, then by arrival."""
+    """A request in the queue: replays first, since their streams have begun; then by priority; then who is due first,
+    that is by arrival among those with the same target.
+    """
 
-    order: tuple[bool, int, int]
+    order: tuple[bool, int, float, int]
     request: Dispatchable = field(compare=False)
     since_s: float = field(compare=False)
 
 
 class RequestQueue:
-    """Priority, then first come, first served."""
+    """Priority, then the earliest deadline first: arrival and the target for the first token. A request without one
+    has ``ttft_target_s``, so it is overtaken by those in a greater hurry, but not for ever; without any targets this is
+    first come, first served.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, ttft_target_s: float = 0.0) -> None:
+        self._ttft_target_s = ttft_target_s
         self._line: list[Queued] = []
         self._live: dict[RequestId, Queued] = {}
         self._number = 0
@@ -34,7 +40,8 @@ class RequestQueue:
     def push(self, request: Dispatchable, now: float) -> None:
         """Queue a request that is not queued."""
         self._number += 1
-        entry = Queued((not request.is_replay, request.priority, self._number), request, now)
+        target_s = self._ttft_target_s if request.ttft_target_s is None else request.ttft_target_s
+        entry = Queued((not request.is_replay, request.priority, now + target_s, self._number), request, now)
         self._live[request.request_id] = entry
         self._num_tokens += request.num_prompt_tokens + 1
         insort(self._line, entry)
@@ -55,9 +62,9 @@ class RequestQueue:
     def shortest(self, num: int, late_s: float) -> Iterator[Dispatchable]:
         """As :meth:`first`, but among equals the short prompts first, behind those that came before ``late_s``."""
 
-        def place(entry: Queued) -> tuple[tuple[bool, int], int, int]:
+        def place(entry: Queued) -> tuple[tuple[bool, int], int, tuple[float, int]]:
             size = entry.request.num_prompt_tokens if entry.since_s >= late_s else 0
-            return entry.order[:2], size, entry.order[2]
+            return entry.order[:2], size, entry.order[2:]
 
         return iter([entry.request for entry in sorted(islice(self._line, num), key=place)])
 

@@ -40,7 +40,7 @@ class GlobalScheduler:
         queueing = config.queueing
         self._foresight = Foresight(queueing) if queueing is not None and queueing.trusts_max_tokens else None
         self._binding = self._foresight or (LateBinding(queueing) if queueing is not None else None)
-        self._queue = RequestQueue()
+        self._queue = RequestQueue(queueing.ttft_target_s if queueing is not None else 0.0)
         self._admission = Admission(config.admission) if config.admission is not None else None
         self._rebalancer = Rebalancer(config.rebalancing) if config.rebalancing is not None else None
         self._evacuation = Evacuation(config.drain)
@@ -211,6 +211,9 @@ class GlobalScheduler:
     def _dispatch(self, request: Dispatchable, instance: InstanceId, commands: list[Command]) -> None:
         self._queue.remove(request.request_id)
         reason = f"by {self.config.dispatch_policy}; freeness {self.view.freeness(instance):.1f}"
+        holders, num_tokens = self.view.prefixes.find(request)
+        if instance in holders:
+            reason += f"; holds {num_tokens} tokens of its prompt"
         shown = self._standings()
         commands.append(Dispatch(request_id=request.request_id, instance=instance, reason=reason, alternatives=shown))
         self.view.sent(request, instance)

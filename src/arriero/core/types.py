@@ -137,6 +137,8 @@ class Dispatchable:
     num_prompt_tokens: int  #: to prefill; for a replay with what was generated before
     max_tokens: int
     priority: int = 0
+    ttft_target_s: float | None = None  #: its client wants the first token so soon after its arrival
     unmovable: str | None = None  #: why it can never be migrated, if so
     is_replay: bool = False  #: its stream has begun and its KV cache is lost: it goes before those that have not begun
     block_hashes: tuple[int, ...] = ()  #: of the prompt's full blocks, each over its whole prefix; empty: not known
+    num_hashed_tokens: int = 0  #: of the prompt, that block_hashes cover, in equal parts but for the last

@@ -10,6 +10,7 @@ from dataclasses import replace
 from arriero.core.config import LoadConfig
 from arriero.core.ledger import Ledger
 from arriero.core.load import freeness
+from arriero.core.prefixes import PrefixMap
 from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, InstanceState, RequestId
 
 
@@ -25,6 +26,7 @@ class ClusterView:
         self.states: dict[InstanceId, InstanceState] = {}
         self.snapshots: dict[InstanceId, InstanceSnapshot] = {}
         self.ledger = Ledger()
+        self.prefixes = PrefixMap()  #: of prompts whose hashes are known: which instances hold them
         self.earmarks: dict[InstanceId, int] = {}  #: instances kept for a request, and the blocks that it needs
         self._candidates: list[InstanceId] | None = None
         self._freeness: dict[InstanceId, float] = {}
@@ -100,6 +102,7 @@ class ClusterView:
         self.snapshots.pop(instance, None)
         self.earmarks.pop(instance, None)
         self.ledger.forget(instance)
+        self.prefixes.forget(instance)
         self._candidates = None
         self.touch(instance)
 
@@ -121,6 +124,7 @@ class ClusterView:
         """``request`` was sent to ``instance``."""
         self.ended(request.request_id)
         self.ledger.sent(request, instance)
+        self._note_prefix(request, instance)
         self.touch(instance)
 
     def moved(self, request_id: RequestId, destination: InstanceId) -> None:
@@ -128,6 +132,8 @@ class ClusterView:
         source = self.ledger.instance_of(request_id)
         if source is not None:
             self.ledger.moved(request_id, destination)
+            if (request := self.ledger.facts_of(request_id)) is not None:
+                self._note_prefix(request, destination)
             self.touch(source)
             self.touch(destination)
 
@@ -137,3 +143,8 @@ class ClusterView:
         if instance is not None:
             self.ledger.ended(request_id)
             self.touch(instance)
+
+    def _note_prefix(self, request: Dispatchable, instance: InstanceId) -> None:
+        snapshot = self.snapshots.get(instance)
+        max_tokens = None if snapshot is None else snapshot.num_blocks * snapshot.block_size
+        self.prefixes.sent(request, instance, max_tokens)

@@ -261,6 +261,7 @@ class Cluster:
                 elif not request.last_token_s:
                     ttft_s = now - request.arrived_s
                     self.events.emit("first_token", request=request.request_id, instance=instance, ttft_s=ttft_s)
+                    self.metrics.first_token(ttft_s, request.facts.ttft_target_s)
                 request.last_token_s = now
                 self.replays.produced(request.request_id, len(output.new_token_ids))
             if output.finish_reason is not None:

@@ -19,7 +19,7 @@ from arriero.frontend.links import InstanceLinks
 from arriero.frontend.moves import Moves
 from arriero.frontend.replays import Replays
 from arriero.frontend.requests import LiveRequest, RequestTable
-from arriero.observe.events import EventLog
+from arriero.observe.events import EventLog, known
 from arriero.observe.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ class Orders:
             prompt_tokens=request.facts.num_prompt_tokens,
             max_tokens=request.facts.max_tokens,
             priority=request.facts.priority,
+            **known(ttft_target_s=request.facts.ttft_target_s),
         )
         if command.request_id in self._own.replays:
             self._own.replays.place(request, command.instance)

@@ -4,9 +4,9 @@ Events are flat dicts with ``time_s`` (the emitter's monotonic clock) and ``even
 last ones in memory and may append each as a JSON line to a file, after a line with the format's version, one each
 time that the file is opened: `time_s` starts anew there.
 
-A `dispatch` event says what was known of the request (`arrival_s`, `prompt_tokens`, `max_tokens`, `priority`), a
-`finish` event what came of it (`how`, `num_output_tokens`): `arriero simulate` takes such a log as a workload. A server
-must not wait for its disk: see event_file.py.
+A `dispatch` event says what was known of the request (`arrival_s`, `prompt_tokens`, `max_tokens`, `priority`, and
+`ttft_target_s` if it has one), a `finish` event what came of it (`how`, `num_output_tokens`): `arriero simulate` takes
+such a log as a workload. A server must not wait for its disk: see event_file.py.
 A full log also has what the scheduler was told and what it decided (decisions.py), in the file alone.
 """
 
@@ -29,6 +29,11 @@ FORMAT = "arriero-events/1"
 Listener = Callable[[dict[str, Any]], None]
 
 _encoder = msgspec.json.Encoder()
+
+
+def known(**fields: Any) -> dict[str, Any]:
+    """The fields of an event that have a value."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 class EventLog:

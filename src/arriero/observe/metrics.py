@@ -37,12 +37,20 @@ class Metrics:
         self.events_left_out = Counter(
             "arriero_events_left_out", "Lines of the event log that its disk did not take in time", registry=registry
         )
+        self.ttft_targets = Counter(
+            "arriero_ttft_targets", "Requests with a target for the first token", ["outcome"], registry=registry
+        )
         self.dispatch_seconds = Histogram(
             "arriero_dispatch_seconds",
             "Time to choose an instance and send the request",
             buckets=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 1e-2, 0.1),
             registry=registry,
         )
+
+    def first_token(self, ttft_s: float, target_s: float | None) -> None:
+        """Count a request's first token, if it has a target."""
+        if target_s is not None:
+            self.ttft_targets.labels("met" if ttft_s <= target_s else "missed").inc()
 
     def migration_ended(self, ok: bool, reason: str, num_bytes: int, *, replay: bool) -> None:
         """Count one migration or replay. ``reason`` is cut to its kind, so that labels stay few."""

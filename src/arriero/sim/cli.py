@@ -169,6 +169,7 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "preemption loss s": lambda s: f"{s['preemption_loss_s']:.3f}",
     "fragmentation %": lambda s: _percent(s["fragmentation"]),
     "prefix hits %": lambda s: _percent(s["prefix_hit"]),
+    "TTFT targets met %": lambda s: _percent(s["ttft_targets_met"]),
     "memory %": lambda s: _percent(s["memory"]),
     "migrations": lambda s: str(s["num_migrations"]),
     "lost instances": lambda s: str(s["num_lost_instances"] or "-"),

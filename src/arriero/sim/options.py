@@ -27,7 +27,8 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
         "trace",
         nargs="?",
         type=Path,
-        help="CSV with arrival_s,prompt_tokens,output_tokens[,priority][,hash_ids], or an event log of `arriero serve`",
+        help="CSV with arrival_s,prompt_tokens,output_tokens[,priority][,hash_ids][,ttft_target_s], or an event "
+        "log of `arriero serve`",
     )
     parser.add_argument("--workload", choices=list(CLASSES), help="instead of a trace: a class of lengths")
     parser.add_argument("--cv", type=float, help="variation of the workload's gaps; 1 is Poisson (default: 1)")

@@ -27,8 +27,9 @@ def summarize(result: SimulationResult) -> dict[str, Any]:
     """Plain values for JSON, by priority as well if there are several.
 
     ``preemption_loss_s`` and ``paused_s`` are means over all finished requests; ``fragmentation`` and ``memory`` are
-    shares of the cluster's KV memory, means over the samples (None without any). ``downtime_s`` is from DETACH until
-    COMMIT was acknowledged, over the migrations that carried KV blocks.
+    shares of the cluster's KV memory, means over the samples (None without any). ``ttft_targets_met`` is the share of
+    the requests with a target for the first token that got it in time; None without any. ``downtime_s`` is from DETACH
+    until COMMIT was acknowledged, over the migrations that carried KV blocks.
     """
     finished = [r for r in result.records if not r.rejected]
     priorities = sorted({r.arrival.priority for r in finished})
@@ -43,6 +44,7 @@ def summarize(result: SimulationResult) -> dict[str, Any]:
         "num_lost_instances": result.num_lost_instances,
         "num_replays": sum(r.num_replays for r in result.records),
         "prefix_hit": result.prefix_hit,
+        "ttft_targets_met": _targets_met(finished),
         **_of_requests(finished),
         **_of_moves(result),
         **_of_samples(result),
@@ -65,6 +67,15 @@ def _of_requests(records: list[Record]) -> dict[str, Any]:
         "preemption_loss_s": _mean(r.preemption_loss_s for r in records),
         "paused_s": _mean(r.paused_s for r in records),
     }
+
+
+def _targets_met(records: list[Record]) -> float | None:
+    met = [
+        record.first_token_s - record.arrival.arrival_s <= target_s
+        for record in records
+        if (target_s := record.arrival.ttft_target_s) is not None
+    ]
+    return sum(met) / len(met) if met else None
 
 
 def _of_moves(result: SimulationResult) -> dict[str, Any]:

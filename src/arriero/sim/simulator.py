@@ -12,7 +12,7 @@ from arriero.core.errors import ProtocolError
 from arriero.core.pace import StepPace
 from arriero.core.types import Dispatchable, InstanceId, RequestId
 from arriero.observe.decisions import make_scheduler
-from arriero.observe.events import EventLog
+from arriero.observe.events import EventLog, known
 from arriero.sim.fast_engine import FastEngine, FastSequence
 from arriero.sim.fast_reports import check_integrity, prefix_hit
 from arriero.sim.foretelling import foretell
@@ -26,7 +26,7 @@ from arriero.sim.records import Record
 from arriero.sim.samples import Sample, take_sample
 from arriero.sim.settings import BLIND, CLAIRVOYANT, SimulatorConfig, engine_config, scheduler_config
 from arriero.sim.virtual_instance import InstanceHooks, VirtualInstance
-from arriero.workload.workload import Arrival, Workload
+from arriero.workload.workload import PREFIX_BLOCK_TOKENS, Arrival, Workload
 
 __all__ = [
     "CLAIRVOYANT",
@@ -187,12 +187,17 @@ class Simulator:
     def _facts_of(self, record: Record) -> Dispatchable:
         """What the scheduler is told of a request that is new."""
         arrival = record.arrival
+        hashes: tuple[int, ...] = ()
+        if self.config.engine.prefix_caching:
+            hashes = tuple(arrival.prefix_ids())
         return Dispatchable(
             request_id=record.request_id,
             num_prompt_tokens=arrival.prompt_tokens,
             max_tokens=self._max_tokens(arrival),
             priority=arrival.priority,
-            block_hashes=tuple(arrival.prefix_ids()) if self.config.engine.prefix_caching else (),
+            ttft_target_s=arrival.ttft_target_s,
+            block_hashes=hashes,
+            num_hashed_tokens=min(arrival.prompt_tokens, len(hashes) * PREFIX_BLOCK_TOKENS),
         )
 
     def _max_tokens(self, arrival: Arrival) -> int:
@@ -263,6 +268,7 @@ class Simulator:
             prompt_tokens=arrival.prompt_tokens,
             max_tokens=self._max_tokens(arrival),
             priority=arrival.priority,
+            **known(ttft_target_s=arrival.ttft_target_s),
         )
         if record in self._losses:
             self._losses.place(record, instance)

@@ -12,7 +12,9 @@ from arriero.core.types import Dispatchable, InstanceId
 from arriero.frontend.cluster import Cluster
 from arriero.frontend.placements import current_placement
 from arriero.frontend.requests import LiveRequest
+from arriero.frontend.targets import current_ttft_target_s
 from arriero.vllm.compat import AsyncMPClient, BackgroundResources, EngineCoreRequest, GracefulHTTPError
+from arriero.vllm.prompt_hashes import prompt_hashes
 
 SHUTDOWN_GRACE_S = 15.0
 """Until instances that do not end by themselves are killed; they need about 2 s on a quiet machine."""
@@ -48,12 +50,19 @@ class ClusterClient(AsyncMPClient):
 
     # ------------------------------------------------------------------ requests
 
+    @property
+    def _hashed_block_size(self) -> int | None:
+        """Of the instances' prefix caches; None if they have none."""
+        cache = self.vllm_config.cache_config
+        return cache.block_size if cache.enable_prefix_caching else None
+
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Dispatch a request, once there is an instance; clients get 503 if none comes, 429 if too many wait."""
         placement = current_placement()
         try:
             name = request.external_req_id or request.request_id
-            await self.cluster.intake.admit(request, facts_of(request), name, placement.placed)
+            facts = facts_of(request, self._hashed_block_size, current_ttft_target_s())
+            await self.cluster.intake.admit(request, facts, name, placement.placed)
         except asyncio.CancelledError:
             self._forget(request.request_id)
             raise
@@ -134,15 +143,19 @@ class ClusterClient(AsyncMPClient):
             self.cluster.close(SHUTDOWN_GRACE_S)
 
 
-def facts_of(request: EngineCoreRequest) -> Dispatchable:
-    """What the scheduler needs to know of a request."""
+def facts_of(request: EngineCoreRequest, block_size: int | None, ttft_target_s: float | None = None) -> Dispatchable:
+    """What the scheduler needs to know of a request; ``block_size``: of the prefix caches, None if there are none."""
     params = request.sampling_params
+    hashes, num_hashed_tokens = prompt_hashes(request, block_size) if block_size else ((), 0)
     return Dispatchable(
         request_id=request.request_id,
         num_prompt_tokens=_num_prompt_tokens(request),
         max_tokens=params.max_tokens if params is not None and params.max_tokens is not None else 1,
         priority=request.priority,
+        ttft_target_s=ttft_target_s,
         unmovable=unmovable_reason(request),
+        block_hashes=hashes,
+        num_hashed_tokens=num_hashed_tokens,
     )
 
 

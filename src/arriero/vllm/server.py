@@ -30,6 +30,7 @@ from arriero.frontend.placements import Placements
 from arriero.frontend.reconnect import Reconnect, attach_reconnect
 from arriero.frontend.request_ids import RequestIds
 from arriero.frontend.resumable import ResumableStreams
+from arriero.frontend.targets import Targets
 from arriero.launch.leftovers import reclaim_folders, run_folder
 from arriero.launch.local import LocalLauncher
 from arriero.launch.memory import holds_one_more
@@ -239,7 +240,8 @@ async def _serve_app(
     streams = ResumableStreams(options.http)
     # Outside of vLLM's own, and inside: behind its check of the key, and seen by its metrics.
     app.user_middleware.insert(0, Middleware(RequestIds))
-    app.user_middleware += [Middleware(Reconnect, streams=streams, config=options.http), Middleware(Placements)]
+    app.user_middleware += [Middleware(Reconnect, streams=streams, config=options.http), Middleware(Targets)]
+    app.user_middleware.append(Middleware(Placements))
     app.middleware_stack = None  # vLLM has built it already; it is built anew with the first request
     attach_reconnect(app, streams, api_keys)
     attach_admin(app, cluster, api_keys)

@@ -85,6 +85,7 @@ class _Event:
             1,
             self.whole("priority", None),
             max_tokens=self.whole("max_tokens", 0),
+            ttft_target_s=self._seconds("ttft_target_s") if "ttft_target_s" in self.values else None,
         )
 
     def text(self, name: str) -> str:

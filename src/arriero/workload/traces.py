@@ -1,6 +1,8 @@
-"""Traces: CSV files with a header, ``arrival_s,prompt_tokens,output_tokens[,priority][,hash_ids]``; or gzipped ones.
+"""Traces: CSV files with a header, ``arrival_s,prompt_tokens,output_tokens[,priority][,hash_ids][,ttft_target_s]``;
+or gzipped ones.
 
-``hash_ids`` are ids of prefix blocks, separated by blanks; "a-b" is an inclusive run. Other columns are ignored.
+``hash_ids`` are ids of prefix blocks, separated by blanks; "a-b" is an inclusive run. ``ttft_target_s``
+may be empty. Other columns are ignored.
 """
 
 from __future__ import annotations
@@ -70,6 +72,7 @@ def _parse(path: Path, lines: Iterable[str], limit: int | None) -> Iterator[Arri
             fields.take("output_tokens", _tokens, "a whole number of tokens, 1 or more"),
             fields.take("priority", int, "a whole number", "0"),
             fields.take("hash_ids", _runs, "block ids or runs of them, like '0 14-27'", ""),
+            ttft_target_s=fields.take("ttft_target_s", _target, "seconds, more than 0, or empty", ""),
         )
         longest = -(-arrival.prompt_tokens // PREFIX_BLOCK_TOKENS)
         if arrival.num_prefix_ids > longest:
@@ -104,6 +107,15 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _target(text: str) -> float | None:
+    if not text.strip():
+        return None
+    seconds = _seconds(text)
+    if not seconds:
+        raise ValueError(text)
+    return seconds
+
+
 def _tokens(text: str) -> int:
     tokens = int(text)
     if tokens < 1:
@@ -125,16 +137,19 @@ def _runs(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def write_trace(path: Path, arrivals: Sequence[Arrival]) -> None:
-    """Write a trace that :func:`read_trace` reads back; ``priority`` and ``hash_ids`` only if a request has any."""
+    """Write a trace that :func:`read_trace` reads back; optional columns only if a request needs them."""
     with_priority = any(a.priority for a in arrivals)
     with_prefixes = any(a.prefix_blocks for a in arrivals)
+    with_targets = any(a.ttft_target_s is not None for a in arrivals)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*_REQUIRED, *["priority"] * with_priority, *["hash_ids"] * with_prefixes])
+        optional = [*["priority"] * with_priority, *["hash_ids"] * with_prefixes, *["ttft_target_s"] * with_targets]
+        writer.writerow([*_REQUIRED, *optional])
         for arrival in arrivals:
             row: list[object] = [arrival.arrival_s, arrival.prompt_tokens, arrival.output_tokens]
             row += [arrival.priority] * with_priority
             row += [" ".join(_run_text(*run) for run in arrival.prefix_blocks)] * with_prefixes
+            row += [arrival.ttft_target_s] * with_targets
             writer.writerow(row)
 
 

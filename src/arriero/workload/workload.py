@@ -25,6 +25,7 @@ class Arrival:
     priority: int = 0  #: vLLM's sign: lower number = sooner
     prefix_blocks: tuple[tuple[int, int], ...] = ()  #: inclusive runs of prefix block ids, PREFIX_BLOCK_TOKENS each
     max_tokens: int = 0  #: what the client allowed; 0: not known
+    ttft_target_s: float | None = None  #: the first token is wanted so soon after the arrival
 
     def prefix_ids(self) -> Iterator[int]:
         """Each id, from the first token on."""

@@ -10,6 +10,7 @@ from arriero.core.dispatch.least_outstanding import LeastOutstanding
 from arriero.core.dispatch.max_freeness import MaxFreeness
 from arriero.core.dispatch.port import DispatchPolicy
 from arriero.core.dispatch.power_of_two import PowerOfTwo
+from arriero.core.dispatch.prefix_freeness import PrefixFreeness
 from arriero.core.dispatch.round_robin import RoundRobin
 from arriero.core.dispatch.vllm_dp import VllmDataParallel
 from arriero.core.errors import ConfigError
@@ -23,6 +24,7 @@ __all__ = [
     "LeastOutstanding",
     "MaxFreeness",
     "PowerOfTwo",
+    "PrefixFreeness",
     "RoundRobin",
     "VllmDataParallel",
     "make_dispatch_policy",
@@ -50,6 +52,7 @@ def make_dispatch_policy(name: str) -> DispatchPolicy:
 
 DISPATCH_POLICIES: dict[str, type[DispatchPolicy]] = {
     "freeness": MaxFreeness,
+    "prefix_freeness": PrefixFreeness,
     "least_outstanding": LeastOutstanding,
     "round_robin": RoundRobin,
     "power_of_two": PowerOfTwo,

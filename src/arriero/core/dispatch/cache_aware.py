@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from arriero.core.dispatch.prefixes import PrefixMap
 from arriero.core.dispatch.ranking import Ranking
 from arriero.core.types import Dispatchable, InstanceId
 from arriero.core.view import ClusterView
@@ -21,15 +20,15 @@ class CacheAware:
 
     def __init__(self) -> None:
         self._ranking = Ranking(lambda view, i: (view.ledger.num_outstanding(i),))
-        self._prefixes = PrefixMap()
 
     def choose(self, request: Dispatchable, view: ClusterView) -> InstanceId:
         """The affine instance, or the one with fewest outstanding requests."""
-        chosen = self._ranking.best(view)
-        found = self._prefixes.find(request)
-        if found is not None and found[1] >= self.MATCH and view.is_candidate(found[0]):
-            own, least = (view.ledger.num_outstanding(i) for i in (found[0], chosen))
-            if own - least <= self.MARGIN or own <= self.RATIO * least:
-                chosen = found[0]
-        self._prefixes.sent(request, chosen)
-        return chosen
+        least_loaded = self._ranking.best(view)
+        holders, num_tokens = view.prefixes.find(request)
+        if not holders or num_tokens < self.MATCH * request.num_prompt_tokens:
+            return least_loaded
+        last = next(reversed(holders))
+        if not view.is_candidate(last):
+            return least_loaded
+        own, least = (view.ledger.num_outstanding(i) for i in (last, least_loaded))
+        return last if own - least <= self.MARGIN or own <= self.RATIO * least else least_loaded
