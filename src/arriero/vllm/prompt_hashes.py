@@ -15,8 +15,8 @@ def prompt_hashes(request: EngineCoreRequest, block_size: int) -> tuple[tuple[in
 
     A block here is the least multiple of the engine's ``block_size`` tokens that is no less than ``BLOCK_TOKENS``.
     Prompts that vLLM's prefix cache tells apart (another adapter, another ``cache_salt``) have different hashes; those
-    that do not read it, or are not made of tokens alone, have none. Equal in every process, and a hint: not meant to be safe
-    from collisions.
+    that do not read it, or are not made of tokens alone, have none. Equal in every process, and a hint: not meant to be
+    safe from collisions.
     """
     tokens, params = request.prompt_token_ids, request.params
     if not tokens or request.mm_features or request.prompt_embeds is not None or params.skip_reading_prefix_cache:
