@@ -253,6 +253,13 @@ def test_a_prompt_follows_the_longest_prefix_that_was_sent_somewhere() -> None:
     assert choose(with_prefix("f", 1, 2, 3)) in (1, 2)
 
 
+def test_affinity_ends_where_the_holder_takes_no_requests() -> None:
+    policy, seen = CacheAware(), view({0: (0, 0), 1: (0, 0)})
+    seen.sent(with_prefix("first", 1), 0)
+    seen.set_state(0, InstanceState.DRAINING)
+    assert policy.choose(with_prefix("next", 1), seen) == 1
+
+
 def test_affinity_ends_where_the_instance_has_far_more_requests_than_another() -> None:
     policy, seen = CacheAware(), view({0: (0, 0), 1: (0, 0)})
     seen.sent(with_prefix("first", 1), policy.choose(with_prefix("first", 1), seen))
@@ -324,7 +331,9 @@ def test_of_prefixes_so_much_is_remembered_as_the_memory_holds() -> None:
     assert prefixes.find(with_prefix("d", 1, 2)) == ({}, 0)
     assert prefixes.find(with_prefix("b", 3, 9)) == ({1: None}, 16)
     assert prefixes.find(with_prefix("f")) == ({}, 0)
+    prefixes.sent(with_prefix("g", 3), 0, None)
     prefixes.forget(1)
+    assert prefixes.find(with_prefix("b", 3, 9)) == ({0: None}, 16), "another holds it, too"
     prefixes.forget(0)
     assert not len(prefixes)
 

@@ -558,3 +558,14 @@ def test_a_simulation_stops_where_a_policy_fails_with_its_inputs(policy: str) ->
     with pytest.raises(PolicyError, match=rf"{policy}' .*request_id='r'.*request_id='old'"):
         made.arrived(facts("r"), 0.0)
     assert not made.ledger.knows("r")
+
+
+def test_a_dispatch_says_what_its_instance_holds_of_the_prompt() -> None:
+    made = scheduler(0, 1, dispatch_policy="prefix_freeness")
+    for name, why in (("a", "by prefix_freeness; freeness 0.0"), ("b", "; holds 32 tokens of its prompt")):
+        request = replace(facts(name, 40), block_hashes=(1, 2), num_hashed_tokens=32)
+        (dispatch,) = made.arrived(request, 0.0)
+        assert isinstance(dispatch, Dispatch)
+        assert dispatch.instance == 0
+        assert dispatch.reason.endswith(why)
+        made.ended(name, 1.0)

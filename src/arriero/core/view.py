@@ -129,13 +129,13 @@ class ClusterView:
 
     def moved(self, request_id: RequestId, destination: InstanceId) -> None:
         """``request_id`` runs on ``destination`` now."""
-        source = self.ledger.instance_of(request_id)
-        if source is not None:
-            self.ledger.moved(request_id, destination)
-            if (request := self.ledger.facts_of(request_id)) is not None:
-                self._note_prefix(request, destination)
-            self.touch(source)
-            self.touch(destination)
+        source, request = self.ledger.instance_of(request_id), self.ledger.facts_of(request_id)
+        if source is None or request is None:
+            return
+        self.ledger.moved(request_id, destination)
+        self._note_prefix(request, destination)
+        self.touch(source)
+        self.touch(destination)
 
     def ended(self, request_id: RequestId) -> None:
         """``request_id`` is nowhere."""
