@@ -92,6 +92,30 @@ async def test_a_start_that_is_called_off_leaves_nothing() -> None:
 # ---------------------------------------------------------------------- ends
 
 
+async def test_tasks_may_end_while_another_thread_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with idle_fleet() as fleet:
+        loop, tasks = asyncio.get_running_loop(), fleet.cluster._tasks
+        call = loop.call_soon_threadsafe
+
+        def call_and_let_all_end(callback: Callable[..., object], *arguments: Any) -> None:
+            call(callback, *arguments)
+            call(over.set)
+            wait_until(lambda: not tasks)
+
+        over = asyncio.Event()
+        for _ in range(3):
+            fleet.cluster.spawn(wait_for(over))
+        monkeypatch.setattr(loop, "call_soon_threadsafe", call_and_let_all_end)
+        close = asyncio.create_task(asyncio.to_thread(fleet.cluster.close, 0.0))
+        await asyncio.wait([close], timeout=WAIT_S)
+        monkeypatch.undo()
+        assert close.exception() is None
+
+
+async def wait_for(event: asyncio.Event) -> None:
+    await event.wait()
+
+
 async def test_an_end_amid_moves_leaves_nothing() -> None:
     """What the fleet checks at its end: no process, no shared memory."""
     async with fleet_of(2) as fleet:

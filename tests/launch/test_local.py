@@ -227,7 +227,7 @@ async def test_kill_ends_a_stopped_instance_and_takes_its_shared_memory(
     world.launcher.kill(0)
     world.launcher.kill(5)
     assert await world.heard.next() == ("exit", 0, -signal.SIGKILL)
-    assert not queue.exists()
+    await until_gone(queue)
 
 
 STUBBORN = (

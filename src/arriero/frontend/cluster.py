@@ -179,7 +179,7 @@ class Cluster:
     def close(self, timeout_s: float) -> None:
         """End every instance. Blocking, safe from any thread, idempotent."""
         self.instances.close(timeout_s)
-        for task in self._tasks:
+        for task in list(self._tasks):  # the loop's thread drops those that end
             task.get_loop().call_soon_threadsafe(task.cancel)
 
     def close_sockets(self) -> None:
