@@ -24,11 +24,13 @@ CONFIGS = st.builds(
 HOLDING = (Phase.RUNNING, Phase.FROZEN, Phase.INCOMING)
 
 
-def request(phase: Phase, blocks: int, name: str = "r", priority: int = 0) -> RequestSnapshot:
-    """A request that holds (or, while it waits, will need) ``blocks``."""
+def request(phase: Phase, blocks: int, name: str = "r", priority: int = 0, demand: int = 0) -> RequestSnapshot:
+    """A request that holds (or, while it waits, will need) ``blocks``; ``demand``: its prompt's, while it runs."""
     if phase is Phase.WAITING:
         return RequestSnapshot(request_id=name, phase=phase, demand_blocks=blocks, priority=priority)
-    return RequestSnapshot(request_id=name, phase=phase, num_blocks=blocks, demand_blocks=99, priority=priority)
+    if phase is not Phase.RUNNING:
+        demand = 99
+    return RequestSnapshot(request_id=name, phase=phase, num_blocks=blocks, demand_blocks=demand, priority=priority)
 
 
 def snapshot(*requests: RequestSnapshot, num_blocks: int = 100) -> InstanceSnapshot:
@@ -43,7 +45,13 @@ def snapshot(*requests: RequestSnapshot, num_blocks: int = 100) -> InstanceSnaps
     )
 
 
-requests = st.builds(request, st.sampled_from(Phase), st.integers(0, 200), priority=st.integers(-3, 2))
+requests = st.builds(
+    request,
+    st.sampled_from(Phase),
+    st.integers(0, 200),
+    priority=st.integers(-3, 2),
+    demand=st.just(0) | st.integers(0, 400),
+)
 snapshots = st.builds(
     lambda rs, num_blocks: snapshot(*rs, num_blocks=num_blocks), st.lists(requests, max_size=8), st.integers(1, 1000)
 )
@@ -53,6 +61,13 @@ snapshots = st.builds(
 def test_a_request_with_blocks_counts_the_blocks_that_it_holds(phase: Phase) -> None:
     for is_head_of_line in (True, False):
         assert virtual_usage(request(phase, 7), PAPER, is_head_of_line=is_head_of_line) == 7
+
+
+def test_a_prompt_that_is_computed_in_parts_counts_whole_from_the_first_part_on() -> None:
+    assert virtual_usage(request(Phase.RUNNING, 7, demand=30), PAPER) == 30
+    assert virtual_usage(request(Phase.RUNNING, 30, demand=30), PAPER) == 30
+    others = [request(Phase.RUNNING, 20), request(Phase.WAITING, 5)]
+    assert freeness(snapshot(request(Phase.RUNNING, 7, demand=30), *others), PAPER) == (100 - 30 - 20 - 5) / 2
 
 
 def test_a_waiting_request_counts_its_demand_at_the_head_of_the_line_and_nothing_behind_it() -> None:

@@ -34,8 +34,8 @@ def test_the_aggregates_of_a_snapshot_are_sums_over_its_requests() -> None:
 
     snapshot = InstanceSnapshot.of(
         [
-            request(Phase.RUNNING, priority=1, prefill_tokens=100),
-            request(Phase.RUNNING, priority=-1),
+            request(Phase.RUNNING, priority=1, prefill_tokens=100, num_blocks=2, demand_blocks=9),
+            request(Phase.RUNNING, priority=-1, num_blocks=3, demand_blocks=3),
             request(Phase.RUNNING, priority=1),
             request(Phase.WAITING, demand_blocks=4, prefill_tokens=60),
             request(Phase.WAITING, demand_blocks=3, prefill_tokens=40, priority=-7),
@@ -51,6 +51,7 @@ def test_the_aggregates_of_a_snapshot_are_sums_over_its_requests() -> None:
     )
     assert (snapshot.head_demand_blocks, snapshot.waiting_demand_blocks) == (4, 7)
     assert snapshot.prefill_tokens == 200
+    assert (snapshot.prefill_demand_blocks, snapshot.num_unclaimed_blocks) == (7, -5)
     assert snapshot.running_by_priority == ((-1, 1), (1, 2))
 
 

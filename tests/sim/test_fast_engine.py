@@ -10,8 +10,9 @@ import pytest
 from arriero.core.errors import ConflictError, ProtocolError
 from arriero.sim.config import SimEngineConfig
 from arriero.sim.engine import SimEngine
-from arriero.sim.fast_engine import FastEngine, FastSequence
+from arriero.sim.fast_engine import FastEngine
 from arriero.sim.fast_reports import check_integrity, num_used_blocks, snapshot
+from arriero.sim.fast_sequence import FastSequence
 from arriero.sim.sequence import Job
 from arriero.sim.step_time import StepTimeModel
 
@@ -110,6 +111,8 @@ SETTINGS = {
     "few places": config(num_blocks=200, max_num_seqs=3),
     "fewer tokens than places": config(num_blocks=200, max_num_batched_tokens=4, max_num_seqs=12),
     "knots": config(step_time=KNOTS),
+    "target between tokens": config(num_blocks=90, itl_target_s=0.025, max_num_seqs=8),
+    "target, tight, priorities": config(itl_target_s=0.02, priority_scheduling=True),
     "blocks of one token": config(num_blocks=120, block_size=1, block_bytes=8),
 }
 

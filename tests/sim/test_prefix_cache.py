@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from arriero.core.errors import ConfigError, ProtocolError
 from arriero.observe.events import EventLog
 from arriero.sim.config import SimEngineConfig
-from arriero.sim.fast_engine import FastEngine, FastSequence
+from arriero.sim.fast_engine import FastEngine
 from arriero.sim.fast_reports import check_integrity
+from arriero.sim.fast_sequence import FastSequence
 from arriero.sim.prefix_cache import PrefixCache, Segments, Share, prompt_segments
 from arriero.sim.simulator import Simulator, SimulatorConfig, scheduler_config
 from arriero.sim.spec import SimSpec

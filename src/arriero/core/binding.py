@@ -91,7 +91,7 @@ class LateBinding:
         backlog = snapshot.prefill_tokens + view.ledger.pending_tokens(instance)
         if batch >= snapshot.max_num_seqs or (batch and backlog >= config.prefill_backlog_tokens):
             return float("-inf")
-        free = snapshot.num_free_blocks - snapshot.waiting_demand_blocks
+        free = snapshot.num_unclaimed_blocks - snapshot.waiting_demand_blocks
         free -= view.ledger.pending_blocks(instance, snapshot.block_size)
         return self._blocks_left(view, instance, free, batch)
 

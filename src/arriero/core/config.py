@@ -61,6 +61,18 @@ class CopyConfig:
         _require(0 < self.copy_share <= 1, "copy_share", self.copy_share, "in (0, 1]")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepConfig:
+    """How an instance's prompts share its steps with its decodes."""
+
+    itl_target_s: float = 0.2  #: between two tokens of a stream (five a second: as fast as people read); 0: none
+    least_prompt_tokens: int = 32  #: of a step, whatever they take
+
+    def __post_init__(self) -> None:
+        _require(self.itl_target_s >= 0, "itl_target_s", self.itl_target_s, "0 or more seconds")
+        _require(self.least_prompt_tokens >= 1, "least_prompt_tokens", self.least_prompt_tokens, "1 or more")
+
+
 class RebalancingRule(StrEnum):
     """How requests to move are chosen."""
 

@@ -112,7 +112,7 @@ def _runs(seen: RequestSnapshot | None) -> bool:
 def _room(view: ClusterView, instance: InstanceId) -> tuple[int, int]:
     """Free blocks and free places in the batch; none if requests wait there, for then it takes none with KV in."""
     snapshot = view.snapshots[instance]
-    blocks = snapshot.num_free_blocks - view.ledger.pending_blocks(instance, snapshot.block_size)
+    blocks = snapshot.num_unclaimed_blocks - view.ledger.pending_blocks(instance, snapshot.block_size)
     pending = view.ledger.num_pending(instance)
     seats = snapshot.max_num_seqs - snapshot.num_running - pending if not snapshot.num_waiting else 0
     return blocks, seats

@@ -26,13 +26,14 @@ def virtual_usage(
 
     A waiting request counts its demand only at the head of the line (the rule that defragments: an
     instance whose queue head cannot fit looks overloaded, so running requests move away from it), or always,
-    by ``config.queue_term``. A running one counts what it holds, and its share of its priority's headroom: that
-    of ``num_peers`` running requests of the same priority.
+    by ``config.queue_term``. A running one counts what it holds, or what its whole prompt takes while that is computed
+    in parts, and its share of its priority's headroom: that of ``num_peers`` running requests of the same priority.
     """
     if request.phase is Phase.WAITING:
         return request.demand_blocks if is_head_of_line or config.queue_term is QueueTerm.ALL else 0
     if request.phase is Phase.RUNNING:
-        return request.num_blocks + headroom(request.priority, config, num_blocks) / num_peers
+        held = max(request.num_blocks, request.demand_blocks)
+        return held + headroom(request.priority, config, num_blocks) / num_peers
     return request.num_blocks
 
 
@@ -51,7 +52,7 @@ def freeness(snapshot: InstanceSnapshot, config: LoadConfig, *, pending_blocks: 
 
     ``pending_blocks``: demand of the ``num_pending`` requests that were dispatched but are not in the snapshot yet.
     """
-    free = snapshot.num_free_blocks - pending_blocks
+    free = snapshot.num_unclaimed_blocks - pending_blocks
     num = snapshot.num_running + num_pending
     if config.queue_term is QueueTerm.ALL:
         free -= snapshot.waiting_demand_blocks

@@ -50,7 +50,7 @@ class RequestSnapshot:
     priority: int = 0  #: vLLM's sign: lower number = sooner
     num_tokens: int = 0  #: prompt + output so far
     num_blocks: int = 0  #: KV blocks held now
-    demand_blocks: int = 0  #: KV blocks that its (re)prefill needs; for a waiting request
+    demand_blocks: int = 0  #: KV blocks that its (re)prefill needs in all; 0 once it decodes
     prefill_tokens: int = 0  #: tokens to compute until its next token; 0 while it decodes
 
 
@@ -77,6 +77,7 @@ class InstanceSnapshot:
     num_waiting: int = 0
     head_demand_blocks: int = 0  #: of the first waiting request
     waiting_demand_blocks: int = 0  #: of all waiting requests
+    prefill_demand_blocks: int = 0  #: that the prompts of running requests will take beyond what they hold
     prefill_tokens: int = 0  #: of running and waiting requests
     running_by_priority: tuple[tuple[int, int], ...] = ()  #: (priority, running requests), most urgent first
 
@@ -97,12 +98,14 @@ class InstanceSnapshot:
     ) -> InstanceSnapshot:
         """A snapshot with its aggregates, in one pass over ``requests``."""
         listed = tuple(requests)
-        num_waiting = head = demand = prefill = 0
+        num_waiting = head = demand = prefill = claimed = 0
         running: dict[int, int] = {}
         for request in listed:
             if request.phase is Phase.RUNNING:
                 running[request.priority] = running.get(request.priority, 0) + 1
                 prefill += request.prefill_tokens
+                if request.demand_blocks > request.num_blocks:
+                    claimed += request.demand_blocks - request.num_blocks
             elif request.phase is Phase.WAITING:
                 if not num_waiting:
                     head = request.demand_blocks
@@ -124,9 +127,17 @@ class InstanceSnapshot:
             num_waiting=num_waiting,
             head_demand_blocks=head,
             waiting_demand_blocks=demand,
+            prefill_demand_blocks=claimed,
             prefill_tokens=prefill,
             running_by_priority=tuple(sorted(running.items())),
         )
+
+    @property
+    def num_unclaimed_blocks(self) -> int:
+        """Free blocks that no running request's prompt will take: a prompt that is computed over several steps is given
+        its blocks bit by bit. Negative if they will not suffice.
+        """
+        return self.num_free_blocks - self.prefill_demand_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from arriero.core.types import Phase
 from arriero.sim.blocks import BlockPool
 from arriero.sim.config import SimEngineConfig
 from arriero.sim.sequence import Sequence
+from arriero.sim.step_limits import StepLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Batch:
         self._running: list[Sequence] = []
         self._numbers = itertools.count(1)
         self.num_preemptions = 0
+        self.limits = StepLimits(config)
 
     @property
     def waiting(self) -> ReadOnly[Sequence]:
@@ -93,22 +95,24 @@ class Batch:
         """
         while True:
             before = self.num_preemptions
-            chunks = self._continue_running()
+            budget, part = self.limits.of(sum(s.num_tokens - s.num_computed == 1 for s in self._running))
+            chunks = self._continue_running(budget, part)
             if self.num_preemptions == before:
-                budget = self._config.max_num_batched_tokens - sum(c.num_tokens for c in chunks)
+                budget -= sum(c.num_tokens for c in chunks)
                 self._admit_waiting(chunks, budget, self._config.max_num_seqs - num_places_held)
             if chunks or self.num_preemptions == before:
                 return chunks
 
-    def _continue_running(self) -> list[Chunk]:
+    def _continue_running(self, budget: int, part: int) -> list[Chunk]:
         chunks: list[Chunk] = []
-        budget = self._config.max_num_batched_tokens
         for sequence in list(self._running):
             if budget == 0:
                 break
             if sequence.phase is not Phase.RUNNING:
                 continue  # preempted a moment ago
-            num_tokens = min(sequence.num_tokens - sequence.num_computed, budget)
+            num_tokens = sequence.num_tokens - sequence.num_computed
+            if num_tokens > 1:
+                num_tokens = min(num_tokens, budget, part)
             victims = self._make_room(sequence, sequence.num_computed + num_tokens)
             budget += sum(c.num_tokens for c in chunks if c.sequence in victims)
             chunks = [c for c in chunks if c.sequence not in victims]

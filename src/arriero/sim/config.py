@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from arriero.core.config import StepConfig
 from arriero.core.errors import ConfigError
 from arriero.sim.step_time import StepTimeModel
 from arriero.sim.tokens import DEFAULT_VOCAB_SIZE
@@ -25,6 +26,7 @@ class SimEngineConfig:
     with_contents: bool = True  #: False: blocks are only counted and every token is 0
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
+    itl_target_s: float = 0.0  #: see StepConfig
     max_model_len: int = 0  #: 0: what the blocks hold
     vocab_size: int = DEFAULT_VOCAB_SIZE
     priority_scheduling: bool = False  #: lower number sooner; otherwise first come, first served
@@ -41,6 +43,7 @@ class SimEngineConfig:
         for name in ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is invalid: it must be 1 or more")
+        StepConfig(itl_target_s=self.itl_target_s)
         if not 0 <= self.eos_probability < 1:
             raise ConfigError(f"eos_probability={self.eos_probability} is invalid: it must be in [0, 1)")
         capacity = self.num_blocks * self.block_size

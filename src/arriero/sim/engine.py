@@ -113,6 +113,8 @@ class SimEngine:
         step, self._step = self._step, None
         self.num_steps += 1
         self.step_s = now - step.started_s
+        num_prompt_tokens = sum(c.num_tokens for c in step.chunks if not c.is_decode)
+        self.held.batch.limits.ended(num_prompt_tokens, [self.step_s])
         outputs = []
         for chunk in step.chunks:
             sequence = chunk.sequence

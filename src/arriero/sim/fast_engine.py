@@ -9,52 +9,18 @@ are bit for bit those of single steps. A test holds both against :class:`arriero
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import attrgetter
 
 from arriero.core.errors import ConflictError
 from arriero.core.types import InstanceId, Phase, RequestId
 from arriero.sim.config import SimEngineConfig
+from arriero.sim.fast_sequence import FastSequence, Segment
 from arriero.sim.prefix_cache import PrefixCache, Share
+from arriero.sim.step_limits import StepLimits
 
 _PLACE = attrgetter("place")
 _ENTRY = attrgetter("entry_number")
-
-
-@dataclass(slots=True, eq=False)
-class FastSequence:
-    """A request inside a :class:`FastEngine`; only the engine and its port change it."""
-
-    request_id: RequestId
-    num_prompt: int
-    num_wanted: int  #: output tokens after which it ends
-    priority: int = 0
-    arrival_s: float = 0.0
-    num_output: int = 0
-    num_computed: int = 0
-    num_blocks: int = 0
-    num_preemptions: int = 0
-    phase: Phase = Phase.WAITING
-    thaws_to: Phase | None = None
-    place: tuple[float, ...] = ()
-    entry_number: int = 0
-    awaited: bool = True  #: the simulator wants to hear of its next token
-    left_s: float = -1.0  #: its last token here, if it was decoding when a migration froze it
-    share: Share | None = None  #: of the prefix cache, where there is one
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and output."""
-        return self.num_prompt + self.num_output
-
-
-@dataclass(slots=True)
-class Segment:
-    """Steps in flight. Several only if all of them decode ``chunks`` and nothing else."""
-
-    ends: list[float]  #: when each step ends
-    chunks: list[tuple[FastSequence, int]]  #: sequence, new tokens in a step
-    num_reported: int = 0  #: steps whose snapshots have been dealt with
 
 
 class FastEngine:
@@ -82,6 +48,7 @@ class FastEngine:
         self.instance = instance
         self._prefill_first = prefill_first
         self._numbers = 0
+        self._limits = StepLimits(config)
         self._model = config.step_time
         self._linear_ms = replace(config.step_time, c=0, d=0, e=0, host_ms=0, scale=1)
         self._linear: dict[int, float] = {}
@@ -213,7 +180,7 @@ class FastEngine:
             # After a preemption nobody is admitted, but in the next step somebody may be.
             alike = not awaited and num_decodes == len(self.running) and self.num_preemptions == before
             ends = self._decode_ends(now, num_decodes, context, self._num_alike(max_steps) if alike else 1)
-        self.segment = Segment(ends, chunks)
+        self.segment = Segment(ends, chunks, sum([n for n, _ in prefills]))
         self.begun_s = now
         return self.segment
 
@@ -262,6 +229,7 @@ class FastEngine:
         num_steps, size = len(segment.ends), self.block_size
         self.step_s = self.took_s(segment, num_steps)
         self.num_steps += num_steps
+        self._limits.ended(segment.num_prompt_tokens, [self.took_s(segment, n + 1) for n in range(num_steps)])
         heard: list[FastSequence] = []
         ended: list[FastSequence] = []
         for sequence, num_tokens in segment.chunks:
@@ -297,23 +265,28 @@ class FastEngine:
                 return chunks
         while True:
             before = self.num_preemptions
-            chunks = self._continue_running()
+            budget, part = self._limits.of(self._num_decodes) if self._limits.has_target else self._limits.whole
+            chunks = self._continue_running(budget, part)
             if self.num_preemptions == before and self.waiting and not self._prefill_first:
-                self._admit_waiting(chunks, self.config.max_num_batched_tokens - sum([n for _, n in chunks]))
+                self._admit_waiting(chunks, budget - sum([n for _, n in chunks]))
             if chunks or self.num_preemptions == before:
                 return chunks
 
-    def _continue_running(self) -> list[tuple[FastSequence, int]]:
+    @property
+    def _num_decodes(self) -> int:
+        return sum([s.num_prompt + s.num_output - s.num_computed == 1 for s in self.running])
+
+    def _continue_running(self, budget: int, part: int) -> list[tuple[FastSequence, int]]:
         chunks: list[tuple[FastSequence, int]] = []
-        budget, size, cache = self.config.max_num_batched_tokens, self.block_size, self.cache
+        size, cache = self.block_size, self.cache
         for sequence in self.running[:]:
             if budget == 0:
                 break
             if sequence.phase is not Phase.RUNNING:
                 continue  # preempted a moment ago
             num_tokens = sequence.num_prompt + sequence.num_output - sequence.num_computed
-            if num_tokens > budget:
-                num_tokens = budget
+            if num_tokens > 1:
+                num_tokens = min(num_tokens, budget, part)
             missing = -(-(sequence.num_computed + num_tokens) // size) - sequence.num_blocks
             if missing > 0:
                 if missing > self.num_free:

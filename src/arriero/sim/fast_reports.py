@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from arriero.core.errors import ProtocolError
 from arriero.core.types import InstanceSnapshot, Phase, RequestSnapshot
-from arriero.sim.fast_engine import FastEngine, FastSequence
+from arriero.sim.fast_engine import FastEngine
+from arriero.sim.fast_sequence import FastSequence
 
 
 def snapshot(engine: FastEngine, now: float, num_steps: int = 0) -> InstanceSnapshot:
@@ -27,6 +28,7 @@ def snapshot(engine: FastEngine, now: float, num_steps: int = 0) -> InstanceSnap
                 priority=sequence.priority,
                 num_tokens=num_tokens + num_steps,
                 num_blocks=num_blocks,
+                demand_blocks=-(-(num_tokens + 1) // size) if missing > 1 else 0,
                 prefill_tokens=missing if missing > 1 else 0,
             )
         )
@@ -49,15 +51,15 @@ def snapshot(engine: FastEngine, now: float, num_steps: int = 0) -> InstanceSnap
 def _describe(sequence: FastSequence, block_size: int) -> RequestSnapshot:
     num_tokens = sequence.num_tokens
     missing = num_tokens - sequence.num_computed
-    is_waiting = sequence.phase is Phase.WAITING
+    prefills = missing > 1 or sequence.phase is Phase.WAITING
     return RequestSnapshot(
         request_id=sequence.request_id,
         phase=sequence.phase,
         priority=sequence.priority,
         num_tokens=num_tokens,
         num_blocks=sequence.num_blocks,
-        demand_blocks=-(-(num_tokens + 1) // block_size) if is_waiting else 0,
-        prefill_tokens=missing if missing > 1 or is_waiting else 0,
+        demand_blocks=-(-(num_tokens + 1) // block_size) if prefills else 0,
+        prefill_tokens=missing if prefills else 0,
     )
 
 

@@ -74,16 +74,16 @@ class Holdings:
         yield from self.reserved.values()
 
     def _describe(self, sequence: Sequence) -> RequestSnapshot:
-        is_waiting = sequence.phase is Phase.WAITING
         missing = sequence.num_tokens - sequence.num_computed
+        prefills = missing > 1 or sequence.phase is Phase.WAITING
         return RequestSnapshot(
             request_id=sequence.request_id,
             phase=sequence.phase,
             priority=sequence.job.priority,
             num_tokens=sequence.num_tokens,
             num_blocks=len(self.pool.blocks_of(sequence.request_id)),
-            demand_blocks=self.pool.num_blocks_for(sequence.num_tokens + 1) if is_waiting else 0,
-            prefill_tokens=missing if missing > 1 or is_waiting else 0,
+            demand_blocks=self.pool.num_blocks_for(sequence.num_tokens + 1) if prefills else 0,
+            prefill_tokens=missing if prefills else 0,
         )
 
     def describe(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from arriero.core.commands import Command
 from arriero.core.config import RecoveryConfig
 from arriero.core.scheduler import GlobalScheduler
 from arriero.core.types import Dispatchable, InstanceId, InstanceState, MigrationMode
-from arriero.sim.fast_engine import FastSequence
+from arriero.sim.fast_sequence import FastSequence
 from arriero.sim.kernel import Kernel
 from arriero.sim.membership import Membership
 from arriero.sim.moves import MoveReport, VirtualMigrations

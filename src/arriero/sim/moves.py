@@ -13,7 +13,7 @@ from arriero.core.migration_commands import Abort, Command, End, Park, Replay, R
 from arriero.core.pace import StepPace
 from arriero.core.transfer import Stage
 from arriero.core.types import InstanceId, MigrationId, MigrationMode, RequestId
-from arriero.sim.fast_engine import FastSequence
+from arriero.sim.fast_sequence import FastSequence
 from arriero.sim.kernel import Kernel
 from arriero.sim.prefix_cache import Share
 from arriero.sim.records import Record, TokenLog

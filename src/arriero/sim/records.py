@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from arriero.core.types import InstanceId, RequestId
-from arriero.sim.fast_engine import FastSequence
+from arriero.sim.fast_sequence import FastSequence
 from arriero.workload.workload import Arrival
 
 NOWHERE: InstanceId = -1

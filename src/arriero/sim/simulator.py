@@ -13,8 +13,9 @@ from arriero.core.pace import StepPace
 from arriero.core.types import Dispatchable, InstanceId, RequestId
 from arriero.observe.decisions import make_scheduler
 from arriero.observe.events import EventLog, known
-from arriero.sim.fast_engine import FastEngine, FastSequence
+from arriero.sim.fast_engine import FastEngine
 from arriero.sim.fast_reports import check_integrity, prefix_hit
+from arriero.sim.fast_sequence import FastSequence
 from arriero.sim.foretelling import foretell
 from arriero.sim.kernel import Kernel
 from arriero.sim.losses import Losses

@@ -18,8 +18,9 @@ from arriero.core.llumlet import Llumlet
 from arriero.core.messages import Answer, Message
 from arriero.core.pace import StepPace
 from arriero.core.types import InstanceSnapshot, MigrationId, RequestId
-from arriero.sim.fast_engine import FastEngine, FastSequence
+from arriero.sim.fast_engine import FastEngine
 from arriero.sim.fast_reports import num_used_blocks, snapshot
+from arriero.sim.fast_sequence import FastSequence
 from arriero.sim.kernel import Kernel
 from arriero.sim.network import Network
 from arriero.sim.virtual_port import VirtualPort

@@ -8,7 +8,8 @@ from typing import Any
 from arriero.core.engine_port import Export, RequestStatus
 from arriero.core.errors import ConflictError, ProtocolError
 from arriero.core.types import MigrationId, Phase, RequestId
-from arriero.sim.fast_engine import FastEngine, FastSequence
+from arriero.sim.fast_engine import FastEngine
+from arriero.sim.fast_sequence import FastSequence
 from arriero.sim.network import Network
 
 Copied = Callable[[MigrationId, Export], None]

@@ -43,5 +43,5 @@ class PrefixFreeness:
         pending, snapshot = view.ledger.pending_tokens(instance), view.snapshots.get(instance)
         if snapshot is None:
             return 2 * pending
-        in_use = snapshot.num_blocks - snapshot.num_free_blocks + snapshot.waiting_demand_blocks
+        in_use = snapshot.num_blocks - snapshot.num_unclaimed_blocks + snapshot.waiting_demand_blocks
         return in_use * snapshot.block_size + snapshot.prefill_tokens + 2 * pending

@@ -32,7 +32,7 @@ def paper_moves(this: Round) -> list[Move]:
 
 def _choose(this: Round, source: InstanceId, destination: InstanceId) -> RequestSnapshot | None:
     """A running request that fits: of lower priority first, then the shorter sequence."""
-    room = this.snapshot(destination).num_free_blocks - this.pending_blocks(destination)
+    room = this.snapshot(destination).num_unclaimed_blocks - this.pending_blocks(destination)
     fitting = [r for r in this.movable(source) if r.phase is Phase.RUNNING and r.num_blocks + 1 <= room]
     return min(fitting, key=_eagerness, default=None)
 

@@ -55,7 +55,7 @@ def relief_moves(this: Round) -> list[Move]:
 
 def _need(this: Round, instance: InstanceId) -> Need | None:
     snapshot, low = this.snapshot(instance), this.config.low_freeness
-    free = snapshot.num_free_blocks
+    free = snapshot.num_unclaimed_blocks
     lacking = snapshot.head_demand_blocks - free
     if snapshot.num_waiting and lacking > 0:
         return Need(instance, lacking, -lacking, f"the queue of {instance} lacks {lacking} blocks")
@@ -80,7 +80,7 @@ def _crowd(this: Round, instance: InstanceId) -> int:
     if not kept:
         return 0
     others = sum(r.num_blocks for r in snapshot.requests if r.phase is Phase.RUNNING and not view.is_urgent(r.priority))
-    return min(others, kept - snapshot.num_free_blocks)
+    return min(others, kept - snapshot.num_unclaimed_blocks)
 
 
 def _room(this: Round, instance: InstanceId) -> float:
@@ -91,7 +91,7 @@ def _room(this: Round, instance: InstanceId) -> float:
     num = snapshot.num_running + snapshot.num_waiting + this.view.ledger.num_pending(instance)
     if num >= snapshot.max_num_seqs:
         return -math.inf
-    free = snapshot.num_free_blocks - snapshot.waiting_demand_blocks - this.pending_blocks(instance)
+    free = snapshot.num_unclaimed_blocks - snapshot.waiting_demand_blocks - this.pending_blocks(instance)
     return free - this.config.high_freeness * (num + 1)
 
 

@@ -1,0 +1,88 @@
+"""The budget of a step: from what steps took, as many prompt tokens as fit beside the decodes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arriero.core.config import StepConfig
+from arriero.core.errors import ConfigError
+from arriero.core.step_budget import StepBudget
+
+seconds = st.floats(1e-4, 2.0)
+steps = st.lists(st.tuples(st.integers(0, 4096), seconds), max_size=40)
+
+
+def told(config: StepConfig, *seen: tuple[int, float]) -> StepBudget:
+    """A budget that has seen steps: (prompt tokens, seconds)."""
+    budget = StepBudget(config)
+    for step in seen:
+        budget.step_ended(*step)
+    return budget
+
+
+@given(steps)
+def test_where_nobody_decodes_prompts_take_the_whole_step(seen: list[tuple[int, float]]) -> None:
+    assert told(StepConfig(), *seen).prompt_tokens(0) is None
+
+
+@given(steps, st.integers(0, 64))
+def test_without_a_target_prompts_take_the_whole_step(seen: list[tuple[int, float]], num_decodes: int) -> None:
+    assert told(StepConfig(itl_target_s=0), *seen).prompt_tokens(num_decodes) is None
+
+
+@given(st.lists(seconds, max_size=5))
+def test_before_a_prompt_was_computed_nothing_is_known_and_nothing_limited(decodes: list[float]) -> None:
+    assert told(StepConfig(), *((0, s) for s in decodes)).prompt_tokens(4) is None
+
+
+@given(steps, st.integers(1, 64), st.integers(1, 300))
+def test_prompts_are_never_starved(seen: list[tuple[int, float]], num_decodes: int, least: int) -> None:
+    limit = told(StepConfig(least_prompt_tokens=least), *seen).prompt_tokens(num_decodes)
+    assert limit is None or limit >= least
+
+
+def test_prompts_get_what_the_decodes_leave_of_the_target() -> None:
+    budget = told(StepConfig(itl_target_s=0.2), (0, 0.05), (100, 0.15))  # 50 ms of decodes, 1 ms a prompt token
+    assert budget.prompt_tokens(8) == pytest.approx(150, abs=1)
+
+
+def test_where_decodes_take_most_of_the_target_prompts_take_as_long_as_they() -> None:
+    budget = told(StepConfig(itl_target_s=0.2), (0, 0.3), (100, 0.4))
+    assert budget.prompt_tokens(8) == pytest.approx(300, abs=1)
+
+
+@given(st.floats(0.002, 0.09), st.floats(1e-4, 3e-3), st.floats(0.1, 0.5))
+def test_steps_that_follow_the_budget_take_the_target(decode_s: float, token_s: float, target_s: float) -> None:
+    budget = told(StepConfig(itl_target_s=target_s), (0, decode_s), (2048, 2 * (decode_s + 2048 * token_s)))
+    took = 0.0
+    for _ in range(200):
+        limit = budget.prompt_tokens(4)
+        assert limit is not None
+        took = decode_s + limit * token_s
+        budget.step_ended(limit, took)
+    aim_s = max(target_s, 2 * decode_s)
+    assert aim_s - 2 * token_s - 1e-3 <= took
+    assert took <= max(aim_s, decode_s + StepConfig().least_prompt_tokens * token_s) + 1e-3
+
+
+def test_a_model_that_slows_down_is_followed() -> None:
+    budget = told(StepConfig(), (0, 0.05), *[(100, 0.1)] * 50)
+    before = budget.prompt_tokens(1)
+    for _ in range(100):
+        budget.step_ended(0, 0.1)
+        budget.step_ended(100, 0.3)
+    after = budget.prompt_tokens(1)
+    assert before is not None
+    assert after is not None
+    assert after == pytest.approx(50, abs=2)
+    assert after < before
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("itl_target_s", -0.1), ("least_prompt_tokens", 0), ("itl_target_s", float("nan"))]
+)
+def test_bad_settings_are_refused_by_name(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=field):
+        StepConfig(**{field: value})  # type: ignore[arg-type]
