@@ -125,6 +125,8 @@ def model(tmp_path: Path) -> str:
         (["--max-migrations-per-instance", "0"], "max_migrations_per_instance=0 is invalid"),
         (["--migration-share", "0"], "copy_share=0.0 is invalid: it must be in (0, 1]"),
         (["--migration-share", "1.5"], "copy_share=1.5 is invalid"),
+        (["--itl-target-ms", "-5"], "itl_target_s=-0.005 is invalid: it must be 0 or more seconds"),
+        (["--itl-target-ms", "nan"], "itl_target_s=nan is invalid"),
         (["--migration-timeout", "0"], "timeout_s=0.0 is invalid"),
         (["--max-instances", "1"], "--instances 2 is not in [2, --max-instances 1]"),
         (["--min-instances", "1"], "--min-instances 1 needs --max-instances"),
@@ -220,6 +222,7 @@ def test_what_is_not_given_has_the_defaults_of_the_configuration(arguments: Any,
     assert options.recovery == arguments.RecoveryConfig()
     assert options.migration == arguments.MigrationConfig()
     assert options.copy == arguments.CopyConfig()
+    assert options.step == arguments.StepConfig()
 
 
 def test_our_options_reach_the_configuration_and_those_of_vllm_the_engine(
@@ -229,12 +232,13 @@ def test_our_options_reach_the_configuration_and_those_of_vllm_the_engine(
         "--instances 3 --engine sim --no-pin --dispatch-policy round_robin --migration-share 0.5 --migration-timeout 7 "
         "--rebalance --rebalance-interval 1 --rebalance-low 2 --rebalance-high 4 --max-migrations-per-instance 5 "
         "--max-queued-requests 9 --client-timeout 2.5 --max-model-len 1k --port 1234 --api-server-count 1 "
-        "--no-restart --hang-timeout 9 --max-replays 1 --no-instance-timeout 8"
+        "--no-restart --itl-target-ms 80 --hang-timeout 9 --max-replays 1 --no-instance-timeout 8"
     )
     args, options = arguments.parse([model, *flags.split(), "--event-log", str(tmp_path / "events")])
     assert (options.num_instances, options.engine, options.pin_cores) == (3, "sim", False)
     assert options.event_log == tmp_path / "events"
     assert options.copy.copy_share == 0.5
+    assert options.step.itl_target_s == 0.08
     assert options.migration.timeout_s == 7
     assert options.scheduler.dispatch_policy == "round_robin"
     assert options.scheduler.no_instance_timeout_s == 8

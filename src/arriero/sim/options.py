@@ -56,6 +56,13 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-tokens", type=int, help="KV memory of an instance (default: the profile's)")
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument(
+        "--itl-target-ms",
+        type=float,
+        metavar="MS",
+        help="compute prompts in parts that fit into so much between two tokens of a stream, as `arriero serve` does "
+        "(default: steps as vLLM's)",
+    )
     parser.add_argument("--prefill-first", action="store_true", help="whole prompts in steps of their own: vLLM v0")
     parser.add_argument(
         "--prefix-caching",
@@ -110,10 +117,15 @@ def cluster_config(
     kills: tuple[Kill, ...] = (),
 ) -> SimulatorConfig:
     """Equal instances under ``policy``, ready for what the workload has. Raises ConfigError."""
+    if args.prefill_first and args.itl_target_ms:
+        raise ConfigError(
+            f"--itl-target-ms {args.itl_target_ms:g}: --prefill-first computes prompts whole; give one of the two"
+        )
     profile = load_profile(args.profile, args.host_ms)
     facts: dict[str, Any] = {
         "max_num_seqs": args.max_num_seqs,
         "max_num_batched_tokens": args.max_num_batched_tokens,
+        "itl_target_s": (args.itl_target_ms or 0) / 1e3,
         "priority_scheduling": _has_priorities(workload),
         "prefix_caching": workload.has_prefixes if args.prefix_caching is None else args.prefix_caching,
     }

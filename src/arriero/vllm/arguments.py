@@ -19,6 +19,7 @@ from arriero.core.config import (
     RecoveryConfig,
     ScalingConfig,
     SchedulerConfig,
+    StepConfig,
 )
 from arriero.core.dispatch import DISPATCH_POLICIES, make_dispatch_policy
 from arriero.core.errors import ConfigError
@@ -54,6 +55,7 @@ class ServeOptions:
     scheduler: SchedulerConfig
     migration: MigrationConfig
     copy: CopyConfig
+    step: StepConfig
     recovery: RecoveryConfig
     http: HttpConfig
     event_log: Path | None
@@ -105,6 +107,13 @@ def make_parser(kind: type[FlexibleArgumentParser] = OneLineParser) -> FlexibleA
         type=float,
         default=copy.copy_share,
         help="share of an instance's time that copying may take while others decode (default: %(default)s)",
+    )
+    group.add_argument(
+        "--itl-target-ms",
+        type=float,
+        default=1e3 * StepConfig().itl_target_s,
+        help="most milliseconds between two tokens of a stream while prompts are computed beside it, in parts "
+        "that fit; 0: no target (default: %(default)g)",
     )
     group.add_argument(
         "--migration-timeout", type=float, default=migration.timeout_s, help="seconds until a migration gives up"
@@ -206,6 +215,7 @@ def _options(args: argparse.Namespace) -> ServeOptions:
         http=HttpConfig(client_timeout_s=args.client_timeout),
         migration=MigrationConfig(timeout_s=args.migration_timeout),
         copy=CopyConfig(copy_share=args.migration_share),
+        step=StepConfig(itl_target_s=args.itl_target_ms / 1e3),
         recovery=RecoveryConfig(restart=args.restart, hang_timeout_s=args.hang_timeout, max_replays=args.max_replays),
         event_log=args.event_log,
         event_log_config=EventLogConfig(level=LogLevel(args.event_log_level or LogLevel.EVENTS)),

@@ -150,6 +150,7 @@ SYMBOLS: tuple[Symbol, ...] = (
         ),
         assigned=(
             "events",
+            "is_prefill_chunk",
             "num_computed_tokens",
             "num_in_flight_tokens",
             "num_output_placeholders",
@@ -169,8 +170,17 @@ SYMBOLS: tuple[Symbol, ...] = (
     Symbol(
         "vllm.v1.core.sched.scheduler",
         "Scheduler",
-        attributes=("add_request", "finish_requests", "get_request_counts", "has_requests", "_holds_kv_blocks"),
+        attributes=(
+            "add_request",
+            "finish_requests",
+            "get_request_counts",
+            "has_requests",
+            "schedule",
+            "update_from_output",
+            "_holds_kv_blocks",
+        ),
         assigned=(
+            "adaptive_long_prefill_threshold",
             "block_size",
             "connector",
             "deferred_waiting",
@@ -179,10 +189,24 @@ SYMBOLS: tuple[Symbol, ...] = (
             "kv_cache_manager",
             "kv_holding_waiting",
             "max_num_running_reqs",
+            "max_num_scheduled_tokens",
+            "need_mamba_block_aligned_split",
+            "num_spec_tokens",
             "requests",
             "running",
+            "scheduler_config",
             "waiting",
         ),
+    ),
+    Symbol(
+        "vllm.v1.core.sched.output",
+        "SchedulerOutput",
+        ("num_scheduled_tokens", "total_num_scheduled_tokens", "scheduled_spec_decode_tokens"),
+    ),
+    Symbol(
+        "vllm.config",
+        "SchedulerConfig",
+        ("disable_chunked_mm_input", "enable_chunked_prefill", "long_prefill_token_threshold"),
     ),
     Symbol(
         "vllm.v1.core.kv_cache_manager",

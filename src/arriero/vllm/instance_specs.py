@@ -115,6 +115,7 @@ class InstanceSpecs:
             output_address=self._addresses[1],
             migration=options.migration,
             copy=options.copy,
+            step=options.step,
             snapshot_interval_s=options.scheduler.snapshot_interval_s,
             shm_prefix=f"{self._shm_prefix}-i{instance}",
         )
@@ -131,6 +132,7 @@ class InstanceSpecs:
                 "max_num_seqs": self._max_num_seqs,
                 "vocab_size": self._vocab_size,
                 "priority_scheduling": self._by_priority,
+                "itl_target_s": options.step.itl_target_s,
             },
             "migration": options.migration,
             "copy": options.copy,

@@ -1,0 +1,201 @@
+"""vLLM's own scheduler, held to a target for the time between two tokens; what a step takes is made up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from arriero.core.config import StepConfig
+
+pytest.importorskip("vllm")
+
+import torch
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from arriero.model.bundled import ensure_bundled_model
+from arriero.vllm.step_limits import StepLimits, limit_steps
+
+BLOCK = 16
+DECODE_S, PROMPT_S = 0.05, 0.001  # a step, and each prompt token more
+TARGET = StepConfig(itl_target_s=0.2)
+EARLY = 3  #: prompts until the model of a step is right
+
+
+@dataclass
+class Engine:
+    """What `limit_steps` knows of an engine, and a worker that takes its time."""
+
+    scheduler: Any
+    vllm_config: Any
+    now_s: float = 0.0
+    steps: list[tuple[dict[str, int], float]] = field(default_factory=list)  #: tokens of each request, seconds
+
+    def add(self, name: str, num_tokens: int, max_tokens: int) -> None:
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        self.scheduler.add_request(Request(name, list(range(num_tokens)), params, None))
+
+    def step(self) -> dict[str, int]:
+        """Plan, compute, take in; returns the tokens of each request."""
+        planned = self.scheduler.schedule()
+        self.finish(planned)
+        return dict(planned.num_scheduled_tokens)
+
+    def finish(self, planned: Any) -> None:
+        tokens: dict[str, int] = planned.num_scheduled_tokens
+        took = DECODE_S + PROMPT_S * (sum(tokens.values()) - len(tokens)) if tokens else 0.0
+        self.now_s += took
+        self.steps.append((dict(tokens), took))
+        names = list(tokens)
+        done = [self.scheduler.requests[n].num_computed_tokens >= self.scheduler.requests[n].num_tokens for n in names]
+        sampled = [[7] if is_done else [] for is_done in done]
+        output = ModelRunnerOutput(names, {n: i for i, n in enumerate(names)}, sampled)
+        self.scheduler.update_from_output(planned, output)
+
+
+def make_engine(*, overlapping: bool = False, **flags: Any) -> Engine:
+    """An engine of the bundled model's configuration."""
+    flags = {"max_model_len": 8192, "max_num_batched_tokens": 4096, "max_num_seqs": 8, "block_size": BLOCK} | flags
+    config = AsyncEngineArgs(
+        model=str(ensure_bundled_model()), async_scheduling=overlapping, enable_prefix_caching=False, **flags
+    ).create_engine_config()
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    cache = KVCacheConfig(2000, [], [KVCacheGroupSpec(["layer"], spec)])
+    config.cache_config.num_gpu_blocks = 2000
+    kind = AsyncScheduler if overlapping else Scheduler
+    return Engine(kind(config, cache, StructuredOutputManager(config), BLOCK), config)
+
+
+def limited(engine: Engine, config: StepConfig = TARGET) -> Engine:
+    """With its clock."""
+    StepLimits(engine.scheduler, config, lambda: engine.now_s)
+    return engine
+
+
+def settled(engine: Engine) -> Engine:
+    """A stream decodes, and some prompts have been computed beside it."""
+    engine.add("stream", 20, 4000)
+    engine.step()
+    engine.step()
+    for number in range(EARLY):
+        engine.add(f"early-{number}", 300, 1)
+        while f"early-{number}" in engine.scheduler.requests:
+            engine.step()
+    engine.steps.clear()
+    return engine
+
+
+def test_a_stream_gets_a_token_in_every_step_and_steps_take_the_target() -> None:
+    engine = settled(limited(make_engine()))
+    engine.add("long", 2000, 1)
+    while "long" in engine.scheduler.requests:
+        engine.step()
+    assert all(tokens["stream"] == 1 for tokens, _ in engine.steps)
+    assert sum(tokens.get("long", 0) for tokens, _ in engine.steps) == 2000
+    *most, _ = [took for tokens, took in engine.steps if "long" in tokens]
+    assert most == pytest.approx([0.2] * len(most), rel=0.15)
+
+
+def test_without_limits_the_prompt_is_one_step_that_keeps_the_stream_waiting() -> None:
+    engine = settled(make_engine())
+    engine.add("long", 2000, 1)
+    engine.step()
+    assert engine.steps == [({"stream": 1, "long": 2000}, pytest.approx(2.049))]
+
+
+def test_a_prompt_that_nobody_waits_for_is_computed_at_once() -> None:
+    engine = settled(limited(make_engine()))
+    engine.scheduler.finish_requests(["stream"], 7)
+    engine.add("long", 2000, 1)
+    assert engine.step() == {"long": 2000}
+
+
+def test_streams_that_stand_behind_a_prompt_come_along() -> None:
+    """As those do that have moved in: they are the last of the running list."""
+    engine = settled(limited(make_engine()))
+    engine.add("long", 2000, 1)
+    engine.step()
+    running = engine.scheduler.running
+    running.sort(key=lambda r: r.request_id)  # the prompt first
+    assert [r.request_id for r in running] == ["long", "stream"]
+    tokens = engine.step()
+    assert tokens["stream"] == 1
+    assert tokens["long"] > TARGET.least_prompt_tokens
+
+
+def test_several_prompts_share_one_limit() -> None:
+    engine = settled(limited(make_engine()))
+    for number in range(4):
+        engine.add(f"p{number}", 400, 1)
+    while any(name.startswith("p") for name in engine.scheduler.requests):
+        engine.step()
+    assert all(took <= 0.2 * 1.15 for _, took in engine.steps)
+    assert all(tokens["stream"] == 1 for tokens, _ in engine.steps)
+
+
+@pytest.mark.parametrize(("flags", "most"), [({"long_prefill_token_threshold": 40}, 40), ({}, 4096)])
+def test_what_the_user_set_holds_too_and_is_there_again_after_each_step(flags: dict[str, Any], most: int) -> None:
+    engine = settled(limited(make_engine(**flags)))
+    before = engine.scheduler.scheduler_config.long_prefill_token_threshold
+    assert before == flags.get("long_prefill_token_threshold", 0)
+    engine.add("long", 1000, 1)
+    assert engine.step()["long"] <= most
+    assert engine.scheduler.scheduler_config.long_prefill_token_threshold == before
+    assert engine.scheduler.max_num_scheduled_tokens == 4096
+
+
+def test_steps_that_overlap_are_timed_from_one_end_to_the_next() -> None:
+    engine = limited(make_engine(overlapping=True))
+    engine.add("stream", 20, 4000)
+    engine.step()
+    engine.add("long", 1000, 1)
+    under_way: Any = None
+    for _ in range(60):
+        planned = engine.scheduler.schedule()
+        if under_way is not None:
+            engine.finish(under_way)
+        under_way = planned
+        if "long" not in engine.scheduler.requests:
+            engine.add("long", 1000, 1)
+    took = [seconds for tokens, seconds in engine.steps if tokens.get("long", 0) > 60]  # the last part is what is left
+    assert took[-12:-1] == pytest.approx([0.2] * 11, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("config", "change"),
+    [
+        (StepConfig(itl_target_s=0), lambda engine: None),
+        (TARGET, lambda engine: setattr(engine.scheduler, "need_mamba_block_aligned_split", True)),
+        (TARGET, lambda engine: setattr(engine.scheduler.scheduler_config, "enable_chunked_prefill", False)),
+    ],
+    ids=["no target", "state at block ends", "whole prompts"],
+)
+def test_a_scheduler_that_cannot_be_limited_is_left_as_it_is(config: StepConfig, change: Any) -> None:
+    engine = make_engine()
+    change(engine)
+    assert limit_steps(engine, config) is None
+    assert "schedule" not in vars(engine.scheduler)
+    assert "update_from_output" not in vars(engine.scheduler)
+
+
+def test_a_scheduler_that_can_be_limited_is() -> None:
+    engine = make_engine()
+    assert limit_steps(engine, TARGET) is not None
+    assert "schedule" in vars(engine.scheduler)
+
+
+def test_a_step_that_was_never_taken_in_is_forgotten() -> None:
+    engine = settled(limited(make_engine()))
+    engine.scheduler.schedule()  # its worker failed
+    engine.add("long", 2000, 1)
+    before = engine.steps.copy()
+    engine.step()
+    assert len(engine.steps) == len(before) + 1
