@@ -26,6 +26,7 @@ PLAN = Plan(
     instances=2,
     max_num_seqs=16,
     max_num_batched_tokens=2048,
+    itl_target_s=0.2,
     kv_cache_memory_bytes=100 << 20,
     flags=[],
 )

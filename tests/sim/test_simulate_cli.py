@@ -49,6 +49,16 @@ def test_json_and_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert log.read_bytes() == events
 
 
+def test_prompts_in_parts_that_fit_into_a_target_let_streams_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    longest: dict[str, float] = {}
+    for target in ("0", "200"):
+        arguments = [AZURE, "--profile", "cpu-smollm2", "--instances", "8", "--itl-target-ms", target, "--json"]
+        assert simulate(*arguments, "--policy", "round_robin") == 0
+        result = json.loads(capsys.readouterr().out)["policies"]["round_robin"]
+        longest[target] = result["tpot_s"]["p99"]
+    assert longest["200"] < longest["0"]
+
+
 def test_instances_die(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = tmp_path / "log"
     arguments = [AZURE, "--instances", "2", "--kill", "9:1", "--kill", "5:0", "--events", str(log)]
@@ -155,6 +165,8 @@ def test_the_profiles_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["--workload", "S-S", "--rate", "0"], "rate=0.0 is invalid"),
         ([AZURE, "--policy", "magic"], "policy 'magic' is unknown"),
         ([AZURE, "--profile", "abacus"], "profile 'abacus' is unknown"),
+        ([AZURE, "--itl-target-ms", "-1"], "itl_target_s=-0.001 is invalid: it must be 0 or more seconds"),
+        ([AZURE, "--itl-target-ms", "90", "--prefill-first"], "--itl-target-ms 90: --prefill-first computes prompts"),
         ([AZURE, "--instances", "0"], "num_instances=0 is invalid"),
         (["/nowhere.csv"], "trace /nowhere.csv cannot be read"),
     ],

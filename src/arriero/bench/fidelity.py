@@ -41,6 +41,7 @@ from arriero.bench.server import (
     model_of,
     say,
 )
+from arriero.core.config import StepConfig
 from arriero.core.errors import ArrieroError
 from arriero.sim.network import NetworkConfig
 from arriero.sim.profiles import Profile, read_profile
@@ -75,6 +76,7 @@ class Plan:
     instances: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    itl_target_s: float
     kv_cache_memory_bytes: int
     flags: Sequence[str]
 
@@ -133,6 +135,7 @@ def simulate(
             num_blocks=plan.kv_cache_memory_bytes // (profile.block_size * profile.kv_bytes_per_token) - 1,
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
+            itl_target_s=plan.itl_target_s,
         ),
         num_instances=plan.instances,
         scheduler=scheduler_config(policy),
@@ -281,6 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--instances", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--max-num-seqs", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="(default: %(default)s)")
+    parser.add_argument("--itl-target-ms", type=float, default=1e3 * StepConfig().itl_target_s, help="0: none")
     parser.add_argument("--profile", type=Path, default=Path("results") / "profile.json", help="measured if absent")
     parser.add_argument("--tries", type=int, default=2, help="if the machine drifts (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="drop what results/fidelity.json holds")
@@ -300,6 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     flags = [*common_flags(args), "--max-num-seqs", str(args.max_num_seqs)]
     flags += ["--max-num-batched-tokens", str(args.max_num_batched_tokens)]
+    flags += ["--itl-target-ms", str(args.itl_target_ms)]
     plan = Plan(
         trace=TRACE.name if args.trace == TRACE else str(args.trace.absolute()),
         requests=args.requests,
@@ -309,6 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         instances=args.instances,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
+        itl_target_s=args.itl_target_ms / 1e3,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         flags=flags,
     )
