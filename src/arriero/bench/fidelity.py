@@ -16,18 +16,17 @@ import contextlib
 import json
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 import psutil
 
 from arriero.bench import report, served
+from arriero.bench.calibration import calibrated, rate_of
 from arriero.bench.client import Client
 from arriero.bench.replay import Prompts, Seen, at_rate, capped, replay, spread
 from arriero.bench.report import Target
@@ -44,7 +43,7 @@ from arriero.bench.server import (
 from arriero.core.config import StepConfig
 from arriero.core.errors import ArrieroError
 from arriero.sim.network import NetworkConfig
-from arriero.sim.profiles import Profile, read_profile
+from arriero.sim.profiles import Profile
 from arriero.sim.report import latencies
 from arriero.sim.simulator import Simulator, SimulatorConfig, engine_config, scheduler_config
 from arriero.sim.step_time import StepTimeModel
@@ -55,8 +54,6 @@ MAX_DRIFT = 0.05
 MAX_ERROR = 0.10
 MAX_MAPE = 0.15
 FIGURES = ("ttft_s", "tpot_s", "e2e_s")
-CALIBRATION_KV_BYTES = 1 << 29
-BATCH = 4  #: sequences that decode together, for the estimate of what a request costs
 TRACE = Path(__file__).parents[1] / "data" / "azure2023_conv_200.csv"
 RESULT = Path("results") / "fidelity.json"
 TITLE = "the simulator beside two real instances (s; TPOT in ms)"
@@ -84,16 +81,7 @@ class Plan:
         """The excerpt, cut and stretched to the load: one engine works so long for each of its requests."""
         path = TRACE.parent / self.trace  # a path of one's own is kept as it is
         workload = capped(read_trace(path, self.requests), self.longest_prompt, self.longest_output)
-        work_s = fmean(work_ms(model, a.prompt_tokens, a.output_tokens) for a in workload.arrivals) / 1e3
-        return at_rate(workload, self.load * self.instances / work_s)
-
-
-def work_ms(model: StepTimeModel, prompt_tokens: int, output_tokens: int) -> float:
-    """Time of an engine that a request takes, when it decodes among ``BATCH`` sequences."""
-    context = prompt_tokens + output_tokens // 2
-    decode = model.step_ms([], BATCH, BATCH * context) / BATCH
-    # Its prefill shares a step with the others' decodes, which pay for reading the weights.
-    return model.step_ms([(prompt_tokens, 0)], 0, 0) - model.step_ms([(1, 0)], 0, 0) + output_tokens * decode
+        return at_rate(workload, rate_of(self.load, workload.arrivals, self.instances, model))
 
 
 # ---------------------------------------------------------------------- the real side
@@ -202,19 +190,6 @@ def table(samples: Sequence[Sample]) -> list[dict[str, Any]]:
 
 
 # ---------------------------------------------------------------------- the command
-
-
-def calibrated(model: str, path: Path, flags: Sequence[str], instances: int) -> Profile:
-    """The profile of one engine alone, from ``path`` or measured into it. Raises ArrieroError."""
-    if not path.exists():
-        say("calibrating one engine")
-        command = [sys.executable, "-m", "arriero.cli", "calibrate", model, "--output", str(path), *flags]
-        command += ["--kv-cache-memory-bytes", str(CALIBRATION_KV_BYTES)]  # room for large batches
-        with log_file("fidelity-calibrate").open("wb") as log:
-            done = subprocess.run([*command, "--instances", str(instances)], stdout=log, stderr=log)
-        if done.returncode:
-            raise ArrieroError(f"arriero calibrate ended with exit code {done.returncode}: see {log.name}")
-    return read_profile(path)
 
 
 def run(policy: str, profile: Profile, plan: Plan, args: argparse.Namespace) -> Sample:

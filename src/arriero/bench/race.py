@@ -26,6 +26,7 @@ from typing import Any
 import httpx
 
 from arriero.bench import report
+from arriero.bench.calibration import calibrated, rate_of
 from arriero.bench.client import Client
 from arriero.bench.replay import Prompts, at_rate, capped, replay, spread
 from arriero.bench.report import Target
@@ -37,6 +38,7 @@ from arriero.workload.workload import Arrival, Workload, make_workload
 MIN_GAIN = 4.0  #: of the tails, over the best of the others
 MIN_THROUGHPUT = 1.0  #: over the best of the others
 WATCH_S = 0.25
+SAMPLE = 2000  #: requests that tell how much work one is
 FIGURES = ("ttft_s", "tpot_s", "silence_s", "e2e_s")
 RESULT = Path("results") / "race.json"
 TITLE = "all seeds together; times in s (TPOT in ms), as mean / P50 / P99"
@@ -61,6 +63,16 @@ def workload_of(plan: Plan, seed: int) -> Workload:
     """The arrivals of ``seed``: the plan's rate on average, whatever the draw of gaps comes to."""
     workload = make_workload("M-M", num_requests=plan.requests, rate=plan.rate, cv=plan.cv, seed=seed)
     return at_rate(capped(workload, plan.longest, plan.longest), plan.rate)
+
+
+def rate_by_load(args: argparse.Namespace, flags: Sequence[str]) -> float:
+    """The rate that is ``--load`` for this machine. Raises ArrieroError if it cannot be calibrated."""
+    profile = calibrated(model_of(args), args.profile, flags, args.engines)
+    whole = make_workload("M-M", num_requests=SAMPLE, rate=1)
+    arrivals = capped(whole, args.longest, args.longest).arrivals
+    rate = round(rate_of(args.load, arrivals, args.engines, profile.step_time), 2)
+    say(f"a load of {args.load:g} is {rate:g} requests a second")
+    return rate
 
 
 # ---------------------------------------------------------------------- measuring
@@ -314,7 +326,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--per-start", type=int, default=1, help="seeds between two starts (default: %(default)s)")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="(default: all)")
     parser.add_argument("--requests", type=int, default=120, help="of a seed (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=1.4, help="requests a second (default: %(default)s)")
+    parser.add_argument("--load", type=float, default=0.8, help="of what the engines can do (default: %(default)s)")
+    parser.add_argument("--rate", type=float, help="requests a second (default: by --load)")
+    parser.add_argument("--profile", type=Path, default=Path("results") / "profile.json", help="measured if absent")
     parser.add_argument("--cv", type=float, default=4.0, help="of the gaps (default: %(default)s)")
     parser.add_argument("--longest", type=int, default=1200, help="prompt, and output (default: %(default)s)")
     parser.add_argument("--engines", type=int, default=2, help="(default: %(default)s)")
@@ -334,9 +348,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; 0 whether the targets are met or not."""
     args = _parser().parse_args(argv)
     flags = [flag for flag in common_flags(args)]
+    try:
+        rate = args.rate or rate_by_load(args, flags)
+    except ArrieroError as error:
+        say(f"bench-race: {error}")
+        return 1
     plan = Plan(
         requests=args.requests,
-        rate=args.rate,
+        rate=rate,
         cv=args.cv,
         longest=args.longest,
         engines=args.engines,
