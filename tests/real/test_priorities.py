@@ -1,4 +1,6 @@
-"""Priorities on two real engines: who is urgent overtakes the line; and all that was decided can be repeated."""
+"""Who gets what on two real engines: the urgent overtake the line, streams go on beside long prompts; and all that was
+decided can be repeated.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest
 
 FOLDER = tempfile.TemporaryDirectory(prefix="arriero-real-")
 LOG = Path(FOLDER.name) / "events.jsonl"
-ENGINE_FLAGS = ("--max-num-seqs", "2", "--event-log", str(LOG), "--event-log-level", "full")
+ENGINE_FLAGS = ("--max-num-seqs", "2", "--itl-target-ms", "100", "--event-log", str(LOG), "--event-log-level", "full")
 
 
 async def generate(engines: Engines, name: str, priority: int, started: list[str], max_tokens: int) -> int:
@@ -49,7 +51,22 @@ async def test_an_urgent_request_starts_before_those_that_came_first(engines: En
     assert await asyncio.gather(*running, *waiting, urgent) == [400, 401, 402, 403, 20, 20, 20]
     assert started[4] == "urgent"
     (explained,) = engines.cluster.explain("urgent")
-    assert [s["event"] for s in explained["steps"]][-3:] == ["dispatch", "first_token", "finish"]
+    assert [s["event"] for s in explained["steps"]][-3:] == ["dispatch", "first_token", "finish"], str(explained)
+
+
+async def test_streams_go_on_while_a_long_prompt_is_computed_beside_them(engines: Engines) -> None:
+    """In vLLM's own steps they would stand still until its first token."""
+    streams = [asyncio.create_task(generate(engines, f"stream-{i}", 0, [], 600 + i)) for i in range(2)]
+    while len(engines.cluster.requests) < 2 or not all(r.tokens for r in engines.cluster.requests):
+        await asyncio.sleep(0.01)
+    running = list(engines.cluster.requests)
+    assert {r.route for r in running} == {0, 1}
+    begun = [len(r.tokens) for r in running]
+    prompt = {"prompt_token_ids": engines.prompt(2000, offset=300)}
+    async for _ in engines.llm.generate(prompt, sampling(max_tokens=1, ignore_eos=True), "long"):
+        assert min(len(r.tokens) - before for r, before in zip(running, begun, strict=True)) >= 5
+    assert not any(task.done() for task in streams)
+    assert await asyncio.gather(*streams) == [600, 601]
 
 
 async def test_what_the_scheduler_decided_over_real_engines_is_decided_alike_when_replayed(engines: Engines) -> None:

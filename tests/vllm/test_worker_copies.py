@@ -42,6 +42,36 @@ class Worker(ArrieroWorkerExtension):
         return self._arriero_run(CopyJob(migration_id="m", kind="import", block_ids=list(block_ids), ticket=ticket))
 
 
+def test_a_request_whose_prompt_is_not_done_draws_nothing_from_its_generator() -> None:
+    """On a CPU; vLLM would take the draw back by the generator's offset, which there is none of."""
+    generators = {i: torch.Generator().manual_seed(i) for i in range(3)}
+    states = [g.get_state() for g in generators.values()]
+    worker = Worker("sampling", seed=3)
+
+    def sample_tokens(grammar: Any) -> list[int]:
+        for generator in runner.input_batch.generators.values():
+            torch.randint(9, (1,), generator=generator)
+        if grammar == "broken":
+            raise ValueError(grammar)
+        return sorted(runner.input_batch.generators)
+
+    runner = SimpleNamespace(
+        device=torch.device("cpu"),
+        input_batch=SimpleNamespace(generators=generators),
+        discard_request_mask=SimpleNamespace(np=[False, True, False]),
+        sample_tokens=sample_tokens,
+    )
+    worker.model_runner = runner
+    worker._arriero_spare_generators()
+    assert runner.sample_tokens(None) == [0, 2]
+    assert sorted(generators) == [0, 1, 2]
+    assert torch.equal(generators[1].get_state(), states[1])
+    assert not torch.equal(generators[0].get_state(), states[0])
+    with pytest.raises(ValueError, match="broken"):
+        runner.sample_tokens("broken")
+    assert sorted(generators) == [0, 1, 2]
+
+
 @pytest.fixture
 def source() -> Iterator[Worker]:
     worker = Worker("source", seed=1)

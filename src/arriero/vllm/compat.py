@@ -234,7 +234,8 @@ SYMBOLS: tuple[Symbol, ...] = (
     Symbol(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner",
-        assigned=("kv_caches", "requests", "device"),
+        attributes=("sample_tokens",),
+        assigned=("device", "discard_request_mask", "input_batch", "kv_caches", "requests"),
     ),
     Symbol("vllm.sampling_params", "SamplingType", attributes=("RANDOM_SEED",)),
     Symbol("vllm.sampling_params", "SamplingParams", ("max_tokens", "temperature", "seed", "structured_outputs")),

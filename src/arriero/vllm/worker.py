@@ -67,6 +67,7 @@ class ArrieroWorkerExtension:
         self, orders: str, reports: str, prefix: str, slice_bytes: int, stage_bytes: int
     ) -> dict[str, Any]:
         """Open the transport and start the copy thread; returns the block layout, or why there is none."""
+        self._arriero_spare_generators()
         try:
             self._arriero_blocks = KvBlocks(self.model_runner.kv_caches)
         except ArrieroError as error:
@@ -144,6 +145,27 @@ class ArrieroWorkerExtension:
         return done, self._arriero_generator_state(request_id)
 
     # ------------------------------------------------------------------ state of the V1 model runner
+
+    def _arriero_spare_generators(self) -> None:
+        """Let no request draw from its generator before its whole prompt is computed.
+
+        vLLM samples from every request of a step, and takes back the draws of those whose prompts are not done by the
+        generator's offset. Generators on a CPU have none: the first seeded prompt in parts would end the engine.
+        """
+        runner = self.model_runner
+        if getattr(self, "use_v2_model_runner", False) or runner.device.type != "cpu":
+            return
+        sample = runner.sample_tokens
+
+        def sample_tokens(*args: Any, **kwargs: Any) -> Any:
+            generators, discarded = runner.input_batch.generators, runner.discard_request_mask.np
+            spared = {i: generators.pop(i) for i in list(generators) if discarded[i]}
+            try:
+                return sample(*args, **kwargs)
+            finally:
+                generators.update(spared)
+
+        runner.sample_tokens = sample_tokens
 
     def _arriero_generator_state(self, request_id: str) -> bytes | None:
         state = getattr(self.model_runner, "requests", {}).get(request_id)
