@@ -261,6 +261,12 @@ def test_an_instance_that_is_kept_for_a_request_gives_what_that_lacks_and_takes_
     view.earmark(0, 60)
     (move,) = Rebalancer(CONFIG).round(view, {}, 0.0)
     assert (move.request_id, move.reason) == ("b", "a request of 60 blocks is to start at 0; 20 blocks move")
+    view.earmark(0, 40)
+    assert Rebalancer(CONFIG).round(view, {}, 0.0) == [], "it lacks nothing"
+    few = [request(str(n), blocks=2 + n) for n in range(8)]
+    view = view_of(instance(0, *few), instance(1))
+    view.earmark(0, 1)
+    assert [m.request_id for m in Rebalancer(CONFIG).round(view, {}, 0.0)] == ["0"], "it lacks a place in its batch"
     full = instance(2, request("d", blocks=50), request("e", blocks=50))
     roomy = instance(0, request("a", blocks=10))
     assert Rebalancer(CONFIG).round(view_of(roomy, full), {}, 0.0) != []

@@ -51,7 +51,8 @@ async def test_an_urgent_request_starts_before_those_that_came_first(engines: En
     assert await asyncio.gather(*running, *waiting, urgent) == [400, 401, 402, 403, 20, 20, 20]
     assert started[4] == "urgent"
     (explained,) = engines.cluster.explain("urgent")
-    assert [s["event"] for s in explained["steps"]][-3:] == ["dispatch", "first_token", "finish"], str(explained)
+    steps = [s["event"] for s in explained["steps"] if s["event"] != "migration"]  # it may move once others have ended
+    assert steps[-3:] == ["dispatch", "first_token", "finish"], str(explained)
 
 
 async def test_streams_go_on_while_a_long_prompt_is_computed_beside_them(engines: Engines) -> None:

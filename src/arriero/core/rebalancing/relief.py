@@ -61,8 +61,10 @@ def _need(this: Round, instance: InstanceId) -> Need | None:
         return Need(instance, lacking, -lacking, f"the queue of {instance} lacks {lacking} blocks")
     kept = this.view.earmarks.get(instance)
     if kept is not None:
-        lacking = max(1, kept + math.ceil(low * snapshot.num_running) - free)
-        return Need(instance, lacking, -lacking, f"a request of {kept} blocks is to start at {instance}")
+        lacking = kept + math.ceil(low * snapshot.num_running) - free
+        if lacking > 0 or _num_seated(this, instance) >= snapshot.max_num_seqs:
+            lacking = max(1, lacking)
+            return Need(instance, lacking, -lacking, f"a request of {kept} blocks is to start at {instance}")
     crowd = _crowd(this, instance)
     if crowd > 0:
         return Need(instance, crowd, math.inf, f"{crowd} blocks crowd the urgent requests at {instance}")
@@ -84,15 +86,21 @@ def _crowd(this: Round, instance: InstanceId) -> int:
 
 
 def _room(this: Round, instance: InstanceId) -> float:
-    """Free blocks that nobody waits for, beyond what keeps the instance from being needy."""
+    """Free blocks that nobody waits for, beyond what keeps the instance from being needy; none if it is kept."""
     snapshot, config = this.snapshot(instance), this.view.config
     if config.load_targets and any(this.view.is_urgent(p) for p, _ in snapshot.running_by_priority):
         return -math.inf
-    num = snapshot.num_running + snapshot.num_waiting + this.view.ledger.num_pending(instance)
-    if num >= snapshot.max_num_seqs:
+    num = _num_seated(this, instance)
+    if num >= snapshot.max_num_seqs or instance in this.view.earmarks:
         return -math.inf
     free = snapshot.num_unclaimed_blocks - snapshot.waiting_demand_blocks - this.pending_blocks(instance)
     return free - this.config.high_freeness * (num + 1)
+
+
+def _num_seated(this: Round, instance: InstanceId) -> int:
+    """Requests that have a place in the instance's batch, or will take one."""
+    snapshot = this.snapshot(instance)
+    return snapshot.num_running + snapshot.num_waiting + this.view.ledger.num_pending(instance)
 
 
 def _choose(this: Round, need: Need, room: float) -> RequestSnapshot | None:
