@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,12 +65,13 @@ def test_small_requests_go_ahead_of_a_large_one_but_not_where_that_is_to_start()
     assert set(made.view.earmarks.items()) == {(1, 30)}, "now it is the medium one's turn"
 
 
-def test_an_urgent_request_starts_where_room_is_first_also_if_another_instance_is_kept_for_it() -> None:
+@pytest.mark.parametrize("priority", [-1, 0])
+def test_a_request_starts_where_room_is_first_also_if_another_instance_is_kept_for_it(priority: int) -> None:
     made = cluster(snapshot(0, running("a", 60)), snapshot(1, running("b", 70)))
-    made.arrived(facts("urgent", 80, priority=-1), 0.0)
+    made.arrived(facts("large", 80, priority=priority), 0.0)
     made.arrived(facts("later", 40), 0.0)
     assert set(made.view.earmarks.items()) == {(0, 80)}
-    assert sent(made.snapshot(snapshot(1), 1.0)) == {"urgent": 1}, "not the later one, which would fit, too"
+    assert sent(made.snapshot(snapshot(1), 1.0)) == {"large": 1}, "not the later one, which would fit, too"
     assert not made.view.earmarks
 
 

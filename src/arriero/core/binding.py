@@ -33,12 +33,12 @@ class LateBinding:
         for request in line:
             own = self._own(request, ahead if may_earmark else None, view)
             ahead.add(request.request_id)
-            if own is not None and (request.priority >= 0 or self._fits(request, view, own, self._free(view, own))):
-                instance, room = own, self._free(view, own)
-            else:  # who is urgent does not wait for an instance of its own while others start elsewhere
+            if own is not None and self._fits(request, view, own, self._free(view, own)):
+                instance, fits = own, True
+            else:  # nobody waits for an instance of its own while others start elsewhere
                 instance = self._roomiest.best(view)
-                room = self.room(view, instance)
-            if self._fits(request, view, instance, room):
+                fits = self.has_room(request, view, instance)
+            if fits:
                 self.forget(request.request_id, view)
                 yield request, instance
             elif may_earmark and own is None and instance not in view.earmarks and self._has_share_left(view):

@@ -74,8 +74,7 @@ class Simulator:
         self.samples: list[Sample] = []
         self._arrivals: Sequence[Arrival] = workload.arrivals
         self._on_progress = on_progress
-        self._num_arrived = self._num_ended = 0
-        self._end_s = 0.0
+        self._num_arrived, self._num_ended, self._end_s = 0, 0, 0.0
         rebalancing = config.scheduler.rebalancing
         pace = StepPace() if rebalancing is not None or config.kills else None
         self._looks = (
@@ -168,7 +167,7 @@ class Simulator:
                 f"{arrival.prompt_tokens} + {arrival.output_tokens} tokens are more than max_model_len={longest}",
             )
             return
-        self._collect_snapshots()
+        self._collect_snapshots(self.kernel.now)
         was_watched = self.scheduler.num_queued > 0
         self._carry_out(self.scheduler.arrived(self._facts_of(record), self.kernel.now))
         if self.scheduler.num_queued and not was_watched:
@@ -255,7 +254,7 @@ class Simulator:
     def _kill(self, instance: InstanceId) -> None:
         if self._is_over or not self._losses.can_die(instance):
             return
-        self._collect_snapshots()
+        self._collect_snapshots(self.kernel.now)
         self._emit("instance_lost", instance=instance)
         self._losses.kill(instance, self.records.values())
 
@@ -341,24 +340,27 @@ class Simulator:
 
     # ------------------------------------------------------------------ load
 
-    def _collect_snapshots(self) -> None:
-        """Deliver what was pushed before now. Only here, since only decisions look at snapshots."""
-        if not self._looks:
-            return
-        for instance in self.instances.present():
-            self._collect_snapshot(instance)
+    def _collect_snapshots(self, before_s: float, but: VirtualInstance | None = None) -> None:
+        """Deliver what was pushed before then. Only here, since only decisions look at snapshots."""
+        for instance in self.instances.present() if self._looks else ():
+            if instance is not but:
+                self._collect_snapshot(instance, before_s)
 
-    def _collect_snapshot(self, instance: VirtualInstance) -> None:
-        instance.settle_snapshots()
-        if instance.due is not None:
+    def _collect_snapshot(self, instance: VirtualInstance, before_s: float) -> None:
+        instance.settle_snapshots(before_s)
+        if instance.due is not None and instance.due.time_s <= before_s:
             due, instance.due = instance.due, None
             self._carry_out(self.scheduler.snapshot(due, self.kernel.now))
 
     def _on_pushed(self, instance: InstanceId) -> None:
-        """Somebody waits for what the snapshot may show: it is heard of as soon as it can be."""
+        """Somebody waits for what the snapshot may show: it is heard of as soon as it can be, after the others'."""
         if self.scheduler.num_queued:
-            arrives_s = self.kernel.now + self.config.network.latency_s
-            self.kernel.at(arrives_s, partial(self._collect_snapshot, self.instances[instance]))
+            self.kernel.at(self.kernel.now + self.config.network.latency_s, partial(self._hear, instance))
+
+    def _hear(self, instance: InstanceId) -> None:
+        last, now = self.instances[instance], self.kernel.now
+        self._collect_snapshots(now - self.config.network.latency_s, but=last)
+        self._collect_snapshot(last, now)
 
     def _tick(self) -> None:
         if self._is_over:
@@ -366,11 +368,11 @@ class Simulator:
         interval_s = self.scheduler.config.interval_s
         assert interval_s is not None
         self.kernel.at(self.kernel.now + interval_s, self._tick)
-        self._collect_snapshots()
+        self._collect_snapshots(self.kernel.now)
         self._carry_out(self.scheduler.tick(self.kernel.now))
 
     def _on_migration_end(self, record: Record, report: MoveReport) -> None:
-        self._collect_snapshots()
+        self._collect_snapshots(self.kernel.now)
         if report.source is None:
             self._losses.attempted(record, report)
         else:

@@ -87,7 +87,7 @@ class VirtualInstance:
 
     def add(self, sequence: FastSequence) -> None:
         """A new request arrives. Raises ConflictError if it can never run here."""
-        self.settle_snapshots()
+        self.settle_snapshots(self._kernel.now)
         self.engine.add(sequence)
         self._is_shown = False
         if self.engine.segment is None:
@@ -217,7 +217,7 @@ class VirtualInstance:
             return
         now, segment = self._kernel.now, self.engine.segment
         assert segment is not None
-        self.settle_snapshots()
+        self.settle_snapshots(now)
         if self._pace is not None:
             for end_s in segment.ends:
                 self._pace.step_ended(self.instance, end_s)
@@ -248,12 +248,12 @@ class VirtualInstance:
         if self._interval_s is not None:
             self._push(self._kernel.now)
 
-    def settle_snapshots(self) -> None:
-        """Take the last snapshot that was pushed before now, while the state that it shows can still be seen."""
+    def settle_snapshots(self, before_s: float) -> None:
+        """Take the last snapshot that was pushed before ``before_s``, while the state that it shows can still be seen."""
         segment = self.engine.segment
         if segment is None or self._interval_s is None:
             return
-        done, pushed_at = self.num_steps_done(), -1
+        done, pushed_at = bisect.bisect_left(segment.ends, before_s), -1
         for number in range(segment.num_reported, done):
             if segment.ends[number] - self._pushed_s >= self._interval_s:
                 self._pushed_s, pushed_at = segment.ends[number], number
