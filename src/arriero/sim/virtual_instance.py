@@ -249,7 +249,7 @@ class VirtualInstance:
             self._push(self._kernel.now)
 
     def settle_snapshots(self, before_s: float) -> None:
-        """Take the last snapshot that was pushed before ``before_s``, while the state that it shows can still be seen."""
+        """Take the last snapshot that was pushed before then, while the state that it shows can still be seen."""
         segment = self.engine.segment
         if segment is None or self._interval_s is None:
             return
