@@ -14,6 +14,8 @@ from .conftest import Engines, Move
 
 pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
 
+ENGINE_FLAGS = ("--max-num-batched-tokens", "512")  # whole steps of a long prompt take 20 s on a slow core
+
 LIVE, STOP, RECOMPUTE = MigrationMode.LIVE, MigrationMode.STOP_AND_COPY, MigrationMode.RECOMPUTE
 
 
