@@ -349,28 +349,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     flags = [flag for flag in common_flags(args)]
     try:
-        rate = args.rate or rate_by_load(args, flags)
-    except ArrieroError as error:
-        say(f"bench-race: {error}")
-        return 1
-    plan = Plan(
-        requests=args.requests,
-        rate=rate,
-        cv=args.cv,
-        longest=args.longest,
-        engines=args.engines,
-        flags=flags,
-        arriero_flags=args.arriero_flag,
-    )
-    fleet = Fleet(
-        model=model_of(args),
-        flags=flags,
-        num_engines=args.engines,
-        port=args.port,
-        start_timeout_s=args.start_timeout,
-        arriero_flags=args.arriero_flag,
-    )
-    try:
+        plan = Plan(
+            requests=args.requests,
+            rate=args.rate or rate_by_load(args, flags),
+            cv=args.cv,
+            longest=args.longest,
+            engines=args.engines,
+            flags=flags,
+            arriero_flags=args.arriero_flag,
+        )
+        fleet = Fleet(
+            model=model_of(args),
+            flags=flags,
+            num_engines=args.engines,
+            port=args.port,
+            start_timeout_s=args.start_timeout,
+            arriero_flags=args.arriero_flag,
+        )
         kept = [] if args.fresh else kept_samples(plan)
         with ended_by_signals():
             rounds = [args.seeds[i : i + args.per_start] for i in range(0, len(args.seeds), args.per_start)]

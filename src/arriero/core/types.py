@@ -53,6 +53,31 @@ class RequestSnapshot:
     demand_blocks: int = 0  #: KV blocks that its (re)prefill needs in all; 0 once it decodes
     prefill_tokens: int = 0  #: tokens to compute until its next token; 0 while it decodes
 
+    @classmethod
+    def of(
+        cls,
+        *,
+        request_id: RequestId,
+        phase: Phase,
+        priority: int,
+        num_tokens: int,
+        num_computed: int,
+        num_blocks: int,
+        block_size: int,
+    ) -> RequestSnapshot:
+        """With what is yet to compute of ``num_tokens``, and the blocks that it and the next token take in all."""
+        missing = num_tokens - num_computed
+        prefills = missing > 1 or phase is Phase.WAITING
+        return cls(
+            request_id=request_id,
+            phase=phase,
+            priority=priority,
+            num_tokens=num_tokens,
+            num_blocks=num_blocks,
+            demand_blocks=-(-(num_tokens + 1) // block_size) if prefills else 0,
+            prefill_tokens=missing if prefills else 0,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceSnapshot:

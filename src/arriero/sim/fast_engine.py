@@ -229,7 +229,8 @@ class FastEngine:
         num_steps, size = len(segment.ends), self.block_size
         self.step_s = self.took_s(segment, num_steps)
         self.num_steps += num_steps
-        self._limits.ended(segment.num_prompt_tokens, [self.took_s(segment, n + 1) for n in range(num_steps)])
+        if self._limits.has_target:
+            self._limits.ended(segment.num_prompt_tokens, (self.took_s(segment, n + 1) for n in range(num_steps)))
         heard: list[FastSequence] = []
         ended: list[FastSequence] = []
         for sequence, num_tokens in segment.chunks:

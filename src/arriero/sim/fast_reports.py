@@ -17,19 +17,18 @@ def snapshot(engine: FastEngine, now: float, num_steps: int = 0) -> InstanceSnap
     for sequence in engine.running:
         num_blocks = sequence.num_blocks
         num_tokens = sequence.num_prompt + sequence.num_output
-        missing = 0 if num_steps else num_tokens - sequence.num_computed
         if num_steps:
             num_blocks = max(num_blocks, -(-(sequence.num_computed + num_steps) // size))
             more += num_blocks - sequence.num_blocks
         requests.append(
-            RequestSnapshot(
+            RequestSnapshot.of(
                 request_id=sequence.request_id,
                 phase=Phase.RUNNING,
                 priority=sequence.priority,
                 num_tokens=num_tokens + num_steps,
+                num_computed=num_tokens + num_steps if num_steps else sequence.num_computed,
                 num_blocks=num_blocks,
-                demand_blocks=-(-(num_tokens + 1) // size) if missing > 1 else 0,
-                prefill_tokens=missing if missing > 1 else 0,
+                block_size=size,
             )
         )
     for others in (engine.waiting, engine.frozen.values(), engine.reserved.values()):
@@ -49,17 +48,14 @@ def snapshot(engine: FastEngine, now: float, num_steps: int = 0) -> InstanceSnap
 
 
 def _describe(sequence: FastSequence, block_size: int) -> RequestSnapshot:
-    num_tokens = sequence.num_tokens
-    missing = num_tokens - sequence.num_computed
-    prefills = missing > 1 or sequence.phase is Phase.WAITING
-    return RequestSnapshot(
+    return RequestSnapshot.of(
         request_id=sequence.request_id,
         phase=sequence.phase,
         priority=sequence.priority,
-        num_tokens=num_tokens,
+        num_tokens=sequence.num_tokens,
+        num_computed=sequence.num_computed,
         num_blocks=sequence.num_blocks,
-        demand_blocks=-(-(num_tokens + 1) // block_size) if prefills else 0,
-        prefill_tokens=missing if prefills else 0,
+        block_size=block_size,
     )
 
 

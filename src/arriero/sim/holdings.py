@@ -74,16 +74,14 @@ class Holdings:
         yield from self.reserved.values()
 
     def _describe(self, sequence: Sequence) -> RequestSnapshot:
-        missing = sequence.num_tokens - sequence.num_computed
-        prefills = missing > 1 or sequence.phase is Phase.WAITING
-        return RequestSnapshot(
+        return RequestSnapshot.of(
             request_id=sequence.request_id,
             phase=sequence.phase,
             priority=sequence.job.priority,
             num_tokens=sequence.num_tokens,
+            num_computed=sequence.num_computed,
             num_blocks=len(self.pool.blocks_of(sequence.request_id)),
-            demand_blocks=self.pool.num_blocks_for(sequence.num_tokens + 1) if prefills else 0,
-            prefill_tokens=missing if prefills else 0,
+            block_size=self.pool.block_size,
         )
 
     def describe(self) -> dict[str, Any]:

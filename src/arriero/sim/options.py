@@ -59,9 +59,10 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--itl-target-ms",
         type=float,
+        default=0.0,
         metavar="MS",
         help="compute prompts in parts that fit into so much between two tokens of a stream, as `arriero serve` does "
-        "(default: steps as vLLM's)",
+        "(default: 0, steps as vLLM's)",
     )
     parser.add_argument("--prefill-first", action="store_true", help="whole prompts in steps of their own: vLLM v0")
     parser.add_argument(
@@ -125,7 +126,7 @@ def cluster_config(
     facts: dict[str, Any] = {
         "max_num_seqs": args.max_num_seqs,
         "max_num_batched_tokens": args.max_num_batched_tokens,
-        "itl_target_s": (args.itl_target_ms or 0) / 1e3,
+        "itl_target_s": args.itl_target_ms / 1e3,
         "priority_scheduling": _has_priorities(workload),
         "prefix_caching": workload.has_prefixes if args.prefix_caching is None else args.prefix_caching,
     }

@@ -26,6 +26,5 @@ class StepLimits:
 
     def ended(self, num_prompt_tokens: int, took_s: Iterable[float]) -> None:
         """Steps with so many prompt tokens each have taken so many seconds."""
-        if self.has_target:
-            for seconds in took_s:
-                self._budget.step_ended(num_prompt_tokens, seconds)
+        for seconds in took_s:
+            self._budget.step_ended(num_prompt_tokens, seconds)

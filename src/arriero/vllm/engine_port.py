@@ -294,16 +294,14 @@ class VllmEnginePort:
 
     def _snapshot(self, request: Request, phase: Phase) -> RequestSnapshot:
         num_blocks = len(self._kv.coordinator.get_blocks(request.request_id)[0]) if phase is not Phase.WAITING else 0
-        missing = request.num_tokens - request.num_computed_tokens
-        prefills = missing > 1 or phase is Phase.WAITING
-        return RequestSnapshot(
+        return RequestSnapshot.of(
             request_id=request.request_id,
             phase=phase,
             priority=request.priority,
             num_tokens=request.num_tokens,
+            num_computed=request.num_computed_tokens,
             num_blocks=num_blocks,
-            demand_blocks=-(-(request.num_tokens + 1) // self.block_size) if prefills else 0,
-            prefill_tokens=missing if prefills else 0,
+            block_size=self.block_size,
         )
 
     def holdings(self) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from arriero.core.config import StepConfig
@@ -27,8 +28,10 @@ class StepLimits:
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As the scheduler's."""
-        limit = self._budget.prompt_tokens(self._num_decodes())
-        planned = self._schedule(*args, **kwargs) if limit is None else self._limited(limit, *args, **kwargs)
+        num_decodes = self._num_decodes()
+        limit = self._budget.prompt_tokens(num_decodes)
+        with nullcontext() if limit is None else self._bounds(num_decodes, limit):
+            planned = self._schedule(*args, **kwargs)
         self._scheduled.append((planned, self._clock()))
         return planned
 
@@ -37,17 +40,17 @@ class StepLimits:
         scheduler = self._scheduler
         return sum(not r.is_prefill_chunk for r in scheduler.running) + len(scheduler.kv_holding_waiting)
 
-    def _limited(self, limit: int, *args: Any, **kwargs: Any) -> Any:
-        """A step with at most ``limit`` prompt tokens. No request takes more of it, so decodes behind it come too."""
+    @contextmanager
+    def _bounds(self, num_decodes: int, limit: int) -> Iterator[None]:
+        """Of a step with at most ``limit`` prompt tokens. No request takes more, so decodes behind one come too."""
         scheduler, config = self._scheduler, self._scheduler.scheduler_config
         whole = scheduler.max_num_scheduled_tokens
         part, adaptive = config.long_prefill_token_threshold, scheduler.adaptive_long_prefill_threshold
-        decodes = self._num_decodes() * (1 + scheduler.num_spec_tokens)
-        scheduler.max_num_scheduled_tokens = min(whole, decodes + limit)
+        scheduler.max_num_scheduled_tokens = min(whole, num_decodes * (1 + scheduler.num_spec_tokens) + limit)
         config.long_prefill_token_threshold = min(part, limit) if part > 0 and not adaptive else limit
         scheduler.adaptive_long_prefill_threshold = False
         try:
-            return self._schedule(*args, **kwargs)
+            yield
         finally:
             scheduler.max_num_scheduled_tokens = whole
             config.long_prefill_token_threshold, scheduler.adaptive_long_prefill_threshold = part, adaptive
