@@ -22,16 +22,35 @@ LOG = Path(FOLDER.name) / "events.jsonl"
 ENGINE_FLAGS = ("--max-num-seqs", "2", "--itl-target-ms", "100", "--event-log", str(LOG), "--event-log-level", "full")
 
 
-async def generate(engines: Engines, name: str, priority: int, started: list[str], max_tokens: int) -> int:
+async def generate(
+    engines: Engines, name: str, priority: int, started: list[str], max_tokens: int, num_prompt: int = 100
+) -> int:
     """The tokens that came; ``started`` hears of the first."""
     num_tokens = 0
-    prompt = {"prompt_token_ids": engines.prompt(100, offset=7 * len(name))}
+    prompt = {"prompt_token_ids": engines.prompt(num_prompt, offset=7 * len(name))}
     params = sampling(max_tokens=max_tokens, ignore_eos=True)
     async for output in engines.llm.generate(prompt, params, name, priority=priority):
         if not num_tokens:
             started.append(name)
         num_tokens += len(output.outputs[0].token_ids)
     return num_tokens
+
+
+async def test_streams_go_on_while_a_long_prompt_is_computed_beside_them(engines: Engines) -> None:
+    """In vLLM's own steps they would stand still until its first token. It is the first prompt of these engines: they
+    know from their start what its tokens take.
+    """
+    streams = [asyncio.create_task(generate(engines, f"stream-{i}", 0, [], 600 + i, num_prompt=1)) for i in range(2)]
+    while len(engines.cluster.requests) < 2 or not all(r.tokens for r in engines.cluster.requests):
+        await asyncio.sleep(0.01)
+    running = list(engines.cluster.requests)
+    assert {r.route for r in running} == {0, 1}
+    begun = [len(r.tokens) for r in running]
+    prompt = {"prompt_token_ids": engines.prompt(2000, offset=300)}
+    async for _ in engines.llm.generate(prompt, sampling(max_tokens=1, ignore_eos=True), "long"):
+        assert min(len(r.tokens) - before for r, before in zip(running, begun, strict=True)) >= 5
+    assert not any(task.done() for task in streams)
+    assert await asyncio.gather(*streams) == [600, 601]
 
 
 async def test_an_urgent_request_starts_before_those_that_came_first(engines: Engines) -> None:
@@ -53,21 +72,6 @@ async def test_an_urgent_request_starts_before_those_that_came_first(engines: En
     (explained,) = engines.cluster.explain("urgent")
     steps = [s["event"] for s in explained["steps"] if s["event"] != "migration"]  # it may move once others have ended
     assert steps[-3:] == ["dispatch", "first_token", "finish"], str(explained)
-
-
-async def test_streams_go_on_while_a_long_prompt_is_computed_beside_them(engines: Engines) -> None:
-    """In vLLM's own steps they would stand still until its first token."""
-    streams = [asyncio.create_task(generate(engines, f"stream-{i}", 0, [], 600 + i)) for i in range(2)]
-    while len(engines.cluster.requests) < 2 or not all(r.tokens for r in engines.cluster.requests):
-        await asyncio.sleep(0.01)
-    running = list(engines.cluster.requests)
-    assert {r.route for r in running} == {0, 1}
-    begun = [len(r.tokens) for r in running]
-    prompt = {"prompt_token_ids": engines.prompt(2000, offset=300)}
-    async for _ in engines.llm.generate(prompt, sampling(max_tokens=1, ignore_eos=True), "long"):
-        assert min(len(r.tokens) - before for r, before in zip(running, begun, strict=True)) >= 5
-    assert not any(task.done() for task in streams)
-    assert await asyncio.gather(*streams) == [600, 601]
 
 
 async def test_what_the_scheduler_decided_over_real_engines_is_decided_alike_when_replayed(engines: Engines) -> None:

@@ -47,7 +47,7 @@ from arriero.vllm.compat import (
 from arriero.vllm.copier import Copier
 from arriero.vllm.engine_port import VllmEnginePort
 from arriero.vllm.step_limits import limit_steps
-from arriero.vllm.warm_up import warm_up
+from arriero.vllm.warm_up import time_a_prompt, warm_up
 from arriero.wire import PARKED_WAVE, SNAPSHOT_CALL_ID, decode_message, encode_answer, encode_snapshot
 
 TICK_S = 0.5
@@ -307,7 +307,8 @@ def run(spec: EngineSpec) -> None:
         engine.open_llumlet()
         report_stage("warming up")
         warm_up(engine)
-        limit_steps(engine, spec.step)
+        if limit_steps(engine, spec.step) is not None:
+            time_a_prompt(engine)
         note_shared_memory(Path(spec.input_address.removeprefix("ipc://")).parent, os.getpgid(0))
         engine.report_with_outputs()
         engine.run_busy_loop()

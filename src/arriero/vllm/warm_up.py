@@ -13,6 +13,7 @@ from arriero.vllm.compat import EngineCoreRequest, SamplingParams, StructuredOut
 logger = logging.getLogger(__name__)
 
 _MAX_STEPS = 400
+_PROMPT_TOKENS = 256
 
 
 def warm_up(engine: Any) -> None:
@@ -30,6 +31,14 @@ def warm_up(engine: Any) -> None:
     engine.reset_prefix_cache()
 
 
+def time_a_prompt(engine: Any) -> None:
+    """Compute a prompt, so that a step budget knows what its tokens take before the first prompt of a client comes."""
+    config = engine.vllm_config
+    num_tokens = min(_PROMPT_TOKENS, config.model_config.max_model_len // 2)
+    _run(engine, "arriero-warm-up-prompt", SamplingParams(max_tokens=4, temperature=0.0), num_tokens)
+    engine.reset_prefix_cache()
+
+
 def _features() -> list[SamplingParams]:
     return [
         SamplingParams(max_tokens=4, temperature=0.0),
@@ -41,10 +50,10 @@ def _features() -> list[SamplingParams]:
     ]
 
 
-def _run(engine: Any, request_id: str, params: SamplingParams) -> None:
+def _run(engine: Any, request_id: str, params: SamplingParams, num_tokens: int = 8) -> None:
     if params.structured_outputs is not None:
         params.structured_outputs._backend = "xgrammar"
-    request = own_request(engine, request_id, list(range(1, 9)), params)
+    request = own_request(engine, request_id, list(range(1, num_tokens + 1)), params)
     request.prefill_stats = None
     engine.scheduler.add_request(request)
     for _ in range(_MAX_STEPS):
