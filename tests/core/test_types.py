@@ -28,6 +28,34 @@ def test_a_snapshot_counts_running_and_waiting_requests_and_no_others(phases: li
     assert snapshot.num_waiting == phases.count(Phase.WAITING)
 
 
+@pytest.mark.parametrize(
+    ("phase", "num_tokens", "num_computed", "demand_blocks", "prefill_tokens"),
+    [
+        pytest.param(Phase.RUNNING, 100, 60, 7, 40, id="a prompt in parts: blocks of all of it and the next token"),
+        pytest.param(Phase.RUNNING, 96, 94, 7, 2, id="the next token begins a block"),
+        pytest.param(Phase.RUNNING, 95, 93, 6, 2, id="the next token fills the last block"),
+        pytest.param(Phase.RUNNING, 100, 99, 0, 0, id="it decodes"),
+        pytest.param(Phase.RUNNING, 100, 100, 0, 0, id="its token is being computed"),
+        pytest.param(Phase.WAITING, 100, 0, 7, 100, id="it waits"),
+        pytest.param(Phase.WAITING, 100, 99, 7, 1, id="it waits with all but a token computed: it has no place yet"),
+    ],
+)
+def test_a_request_demands_what_its_prompt_and_the_next_token_take(
+    phase: Phase, num_tokens: int, num_computed: int, demand_blocks: int, prefill_tokens: int
+) -> None:
+    request = RequestSnapshot.of(
+        request_id="r",
+        phase=phase,
+        priority=-3,
+        num_tokens=num_tokens,
+        num_computed=num_computed,
+        num_blocks=4,
+        block_size=16,
+    )
+    assert (request.demand_blocks, request.prefill_tokens) == (demand_blocks, prefill_tokens)
+    assert (request.phase, request.priority, request.num_tokens, request.num_blocks) == (phase, -3, num_tokens, 4)
+
+
 def test_the_aggregates_of_a_snapshot_are_sums_over_its_requests() -> None:
     def request(phase: Phase, **figures: int) -> RequestSnapshot:
         return RequestSnapshot(request_id="r", phase=phase, **figures)
