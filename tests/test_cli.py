@@ -119,6 +119,7 @@ def model(tmp_path: Path) -> str:
     [
         (["--instances", "0"], "--instances 0 is invalid: it must be 1 or more"),
         (["--instances", "-1"], "--instances -1 is invalid"),
+        (["--instances-per-gpu", "0"], "--instances-per-gpu 0 is invalid"),
         (["--rebalance", "--rebalance-low", "20"], "low_freeness=20.0 is invalid: it must be at most high_freeness"),
         (["--rebalance-high", "nan"], "high_freeness=nan"),
         (["--rebalance-interval", "0"], "interval_s=0.0 is invalid"),
@@ -232,10 +233,11 @@ def test_our_options_reach_the_configuration_and_those_of_vllm_the_engine(
         "--instances 3 --engine sim --no-pin --dispatch-policy round_robin --migration-share 0.5 --migration-timeout 7 "
         "--rebalance --rebalance-interval 1 --rebalance-low 2 --rebalance-high 4 --max-migrations-per-instance 5 "
         "--max-queued-requests 9 --client-timeout 2.5 --max-model-len 1k --port 1234 --api-server-count 1 "
-        "--no-restart --itl-target-ms 80 --hang-timeout 9 --max-replays 1 --no-instance-timeout 8"
+        "--instances-per-gpu 4 --no-restart --itl-target-ms 80 --hang-timeout 9 --max-replays 1 --no-instance-timeout 8"
     )
     args, options = arguments.parse([model, *flags.split(), "--event-log", str(tmp_path / "events")])
     assert (options.num_instances, options.engine, options.pin_cores) == (3, "sim", False)
+    assert options.instances_per_gpu == 4
     assert options.event_log == tmp_path / "events"
     assert options.copy.copy_share == 0.5
     assert options.step.itl_target_s == 0.08

@@ -62,6 +62,16 @@ def test_every_instance_gets_its_own_devices_in_the_order_in_which_they_are_visi
     assert [device for share in shares for device in share] == devices[: instances * world_size]
 
 
+def test_instances_share_a_device_only_when_all_devices_have_one() -> None:
+    assert split_devices(["0", "1"], 2, 1, 2) == [["0"], ["1"]]
+    assert split_devices(["0", "1"], 4, 1, 2) == [["0"], ["1"], ["0"], ["1"]]
+    assert split_devices(["0", "1", "2"], 2, 2, 2) == [["0", "1"], ["0", "1"]]
+    with pytest.raises(
+        ConfigError, match=r"--instances 5 with 1 GPU\(s\) each, 2 on a GPU, needs 3 GPUs, 2 are visible"
+    ):
+        split_devices(["0", "1"], 5, 1, 2)
+
+
 def test_too_few_devices_are_refused_with_both_numbers() -> None:
     with pytest.raises(ConfigError, match=r"--instances 2 with 4 GPU.* needs 8 GPUs, 7 are visible"):
         split_devices([str(n) for n in range(7)], 2, 4)

@@ -18,6 +18,7 @@ from arriero.model.bundled import ensure_bundled_model
 
 FLAGS = ["--served-model-name", "smollm2", "--instances", "2", "--max-model-len", "8192", "--enforce-eager"]
 FLAGS += ["--block-size", "32", "--kv-cache-memory-bytes", "402653184", "--port", "0", "--disable-log-stats"]
+FLAGS += ["--instances-per-gpu", "2"]  # one GPU is enough for them
 
 
 @dataclass

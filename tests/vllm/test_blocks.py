@@ -153,7 +153,7 @@ def test_blocks_travel_between_two_caches_on_a_gpu() -> None:
     destination = [t.cuda() for t in kv((8, 4, 16), 3, seed=2)]
     KvBlocks(destination).scatter([5, 0], memoryview(staged(source, [1, 7])), no_pause)
     for of, to in ((1, 5), (7, 0)):
-        assert all(torch.equal(s[of], d[to]) for s, d in zip(source, destination, strict=True))
+        assert all(torch.equal(as_bytes(s)[of], as_bytes(d)[to]) for s, d in zip(source, destination, strict=True))
 
 
 def test_every_layer_is_reported_to_the_pacer_with_its_bytes_both_ways() -> None:
@@ -210,9 +210,53 @@ def test_a_layout_says_what_two_workers_must_agree_on(layout: tuple[Any, ...]) -
     tensors = kv(shape, num_layers, dtype)
     found = KvBlocks(tensors).layout
     assert found == BlockLayout(
-        num_layers=num_layers, block_bytes=tensors[0][0].nbytes, dtype=str(dtype), shape=tuple(shape[1:])
+        num_layers=num_layers,
+        block_bytes=tensors[0][0].nbytes,
+        dtype=str(dtype),
+        shape=tuple(shape[1:]),
+        axes=tuple(range(1, len(shape))),
     )
     assert found.bytes_per_block == sum(t[0].nbytes for t in tensors)
+
+
+LAYOUTS = {"LBHNC": "lbhnc", "LBNHC": "lbnhc", "BLHNC": "blhnc", "BLNHC": "blnhc"}
+"""vLLM's layouts whose blocks are in one piece, as axes in memory: layer, block, head, token, content."""
+LOGICAL = "lbhnc"
+
+
+def views(layout: str, num_layers: int, seed: int, num_blocks: int = 6) -> Tensors:
+    """One view ``[block, head, token, content]`` for each layer, as vLLM makes them of one allocation."""
+    sizes = dict(zip(LOGICAL, (num_layers, num_blocks, 3, 4, 8), strict=True))
+    (memory,) = kv([sizes[axis] for axis in layout], 1, seed=seed)
+    return list(memory.permute([layout.index(axis) for axis in LOGICAL]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whatever_order_blocks_have_in_memory_they_arrive_and_nothing_else_is_touched(layout: str) -> None:
+    source, destination = (views(LAYOUTS[layout], 3, seed) for seed in (1, 2))
+    expected = [t.contiguous().view(torch.uint8).clone() for t in destination]
+    for theirs, ours in zip(source, expected, strict=True):
+        ours[[0, 5]] = theirs.contiguous().view(torch.uint8)[[4, 2]]
+    KvBlocks(destination).scatter([0, 5], memoryview(staged(source, [4, 2])), no_pause)
+    found = [t.contiguous().view(torch.uint8) for t in destination]
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+def test_caches_whose_blocks_have_another_order_of_axes_do_not_agree() -> None:
+    square = [t[:, :3, :3] for t in kv((5, 3, 3, 8), 2)]
+    turned = [t.transpose(1, 2) for t in square]
+    assert KvBlocks(square).layout != KvBlocks(turned).layout
+
+
+def test_blocks_of_the_pool_that_a_kernel_divides_are_moved_whole() -> None:
+    tensors = kv((12, 2, 4), 2)
+    stage = bytearray(4 * KvBlocks(tensors, num_blocks=4).layout.bytes_per_block)
+    KvBlocks(tensors, num_blocks=4).gather([3], memoryview(stage), no_pause)
+    whole = b"".join(as_bytes(t)[9:12].numpy().tobytes() for t in tensors)
+    assert stage[: len(whole)] == whole
+    for num_blocks, cut in ((5, tensors), (4, views("blhnc", 2, 1, num_blocks=12))):
+        with pytest.raises(TransportError, match=f"12 rows for {num_blocks} blocks"):
+            KvBlocks(cut, num_blocks)
 
 
 def test_caches_of_different_sizes_have_the_same_layout() -> None:
@@ -238,7 +282,7 @@ REFUSED = {
     "different numbers of blocks": (kv((4, 2), 1) + kv((5, 2), 1), "different shapes (hybrid model)"),
     "different types": (kv((4, 2), 1) + kv((4, 2), 1, torch.float16), "different shapes (hybrid model)"),
     "block index not first": ([t.transpose(0, 1) for t in kv((4, 3), 2)], "not stored block by block"),
-    "gaps between blocks": ([t[:, :2] for t in kv((4, 3), 2)], "not stored block by block"),
+    "gaps in blocks": ([t[:, :, :2] for t in kv((4, 3, 3), 2)], "not stored block by block"),
 }
 
 

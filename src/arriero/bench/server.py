@@ -70,9 +70,9 @@ def common_flags(args: argparse.Namespace) -> list[str]:
 
 
 def arriero_command(model: str, *, port: int, instances: int, flags: Sequence[str] = ()) -> list[str]:
-    """`arriero serve` with this interpreter."""
+    """`arriero serve` with this interpreter; its instances share GPUs if there are too few."""
     command = [sys.executable, "-m", "arriero.cli", "serve", model, "--host", "127.0.0.1", "--port", str(port)]
-    return [*command, "--instances", str(instances), *flags]
+    return [*command, "--instances", str(instances), "--instances-per-gpu", str(instances), *flags]
 
 
 def stock_command(model: str, *, port: int, flags: Sequence[str] = ()) -> list[str]:

@@ -61,6 +61,7 @@ class ServeOptions:
     event_log: Path | None
     event_log_config: EventLogConfig
     pin_cores: bool
+    instances_per_gpu: int
 
 
 def _one_line(message: object) -> str:
@@ -171,6 +172,12 @@ def make_parser(kind: type[FlexibleArgumentParser] = OneLineParser) -> FlexibleA
     group.add_argument(
         "--no-pin", dest="pin_cores", action="store_false", help="do not pin CPU instances to cores of their own"
     )
+    group.add_argument(
+        "--instances-per-gpu",
+        type=int,
+        default=1,
+        help="instances that share a GPU (needs --kv-cache-memory-bytes; default: %(default)s)",
+    )
     made = make_arg_parser(parser)
     # A request's priority counts without a flag. Among equals it is first come, first served, as under vLLM's default.
     made.set_defaults(scheduling_policy="priority")
@@ -202,6 +209,8 @@ def parse(
 def _options(args: argparse.Namespace) -> ServeOptions:
     if args.instances < 1:
         raise ConfigError(f"--instances {args.instances} is invalid: it must be 1 or more")
+    if args.instances_per_gpu < 1:
+        raise ConfigError(f"--instances-per-gpu {args.instances_per_gpu} is invalid: it must be 1 or more")
     if args.event_log is not None and not args.event_log.absolute().parent.is_dir():
         raise ConfigError(f"--event-log {args.event_log}: there is no folder {args.event_log.absolute().parent}")
     if args.event_log is not None and args.event_log.is_dir():
@@ -220,6 +229,7 @@ def _options(args: argparse.Namespace) -> ServeOptions:
         event_log=args.event_log,
         event_log_config=EventLogConfig(level=LogLevel(args.event_log_level or LogLevel.EVENTS)),
         pin_cores=args.pin_cores,
+        instances_per_gpu=args.instances_per_gpu,
     )
 
 

@@ -23,7 +23,8 @@ class BlockLayout:
     num_layers: int  #: distinct KV tensors
     block_bytes: int  #: bytes of one block in one of them
     dtype: str
-    shape: tuple[int, ...]  #: of one block
+    shape: tuple[int, ...]  #: of one block, as it lies in memory
+    axes: tuple[int, ...] = ()  #: the axes of vLLM's view, from 1, in that order
 
     @property
     def bytes_per_block(self) -> int:
@@ -32,10 +33,17 @@ class BlockLayout:
 
 
 class KvBlocks:
-    """The worker's KV tensors, block index first, as byte matrices ``[num_blocks, block_bytes]``."""
+    """The worker's KV tensors, block index first, as byte matrices ``[num_blocks, block_bytes]``.
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Raises TransportError if the layout can't be moved block by block."""
+    vLLM's views name the axes ``[block, head, token, content]`` whatever their order in memory, and blocks of other
+    layers may lie between those of one: only the bytes of one block of one layer have to lie together.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], num_blocks: int | None = None) -> None:
+        """``num_blocks``: of vLLM's block pool, where an attention kernel may divide each into several rows.
+
+        Raises TransportError if the layout can't be moved block by block.
+        """
         if not tensors or not all(isinstance(t, torch.Tensor) for t in tensors):
             raise TransportError("the model has no KV tensors of a known kind, or has other state beside them")
         distinct = list({t.data_ptr(): t for t in tensors}.values())
@@ -44,14 +52,14 @@ class KvBlocks:
         first = distinct[0]
         if any(t.shape != first.shape or t.dtype != first.dtype for t in distinct):
             raise TransportError("layers have KV tensors of different shapes (hybrid model)")
-        if not all(t.is_contiguous() for t in distinct):
-            raise TransportError("KV tensors are not stored block by block")
-        rows = [t.view(torch.uint8).view(t.shape[0], -1) for t in distinct]
+        axes = _axes_in_memory(first)
+        rows = [_rows(t, axes, num_blocks or len(t)) for t in distinct]
         self.layout = BlockLayout(
             num_layers=len(distinct),
             block_bytes=rows[0].shape[1],
             dtype=str(first.dtype),
-            shape=tuple(first.shape[1:]),
+            shape=tuple(first.shape[axis] for axis in axes),
+            axes=axes,
         )
         self._num_blocks = len(rows[0])
         self._layers: Sequence[_HostLayer | _DeviceLayer]
@@ -86,6 +94,26 @@ class KvBlocks:
         if len(index) and not 0 <= index.min() <= index.max() < self._num_blocks:
             raise TransportError(f"blocks {index.min()}..{index.max()} are named, there are {self._num_blocks} blocks")
         return np.ndarray(shape, dtype=np.uint8, buffer=stage)
+
+
+def _axes_in_memory(tensor: torch.Tensor) -> tuple[int, ...]:
+    """All but the first, the one with the longest strides first."""
+    return tuple(sorted(range(1, tensor.ndim), key=tensor.stride, reverse=True))
+
+
+def _rows(tensor: torch.Tensor, axes: tuple[int, ...], num_blocks: int) -> torch.Tensor:
+    """The same memory as ``[num_blocks, block_bytes]``; rows need not follow each other closely."""
+    blocks = tensor.permute(0, *axes)
+    size = math.prod(blocks.shape[1:])
+    dense = blocks.stride(0) == size
+    if not blocks[:1].is_contiguous() or blocks.stride(0) < size:
+        raise TransportError(
+            "KV tensors are not stored block by block: set VLLM_KV_CACHE_LAYOUT to a layout that does, as NHD or HND"
+        )
+    if len(blocks) % num_blocks or (len(blocks) > num_blocks and not dense):
+        raise TransportError(f"KV tensors have {len(blocks)} rows for {num_blocks} blocks")
+    rows = blocks.as_strided((len(blocks), size), (blocks.stride(0), 1)).view(torch.uint8)
+    return rows.view(num_blocks, -1) if dense else rows
 
 
 class _HostLayer:

@@ -30,6 +30,11 @@ def engine_config(args: argparse.Namespace, options: ServeOptions) -> Any:
     """vLLM's configuration of one instance. Raises ConfigError with vLLM's reason in one line."""
     if current_platform.is_cpu() and options.engine == "vllm":
         _share_memory(args, options.num_instances)
+    elif options.engine == "vllm" and options.instances_per_gpu > 1 and args.kv_cache_memory_bytes is None:
+        raise ConfigError(
+            f"--instances-per-gpu {options.instances_per_gpu} needs --kv-cache-memory-bytes: an instance that measures "
+            "what is free on its GPU would be misled by its neighbours"
+        )
     return _engine_config(args)
 
 
@@ -84,9 +89,10 @@ class InstanceSpecs:
             if options.pin_cores:
                 self._cores = split_cores(sorted(os.sched_getaffinity(0)), options.num_instances)
         elif options.engine == "vllm" and current_platform.is_cuda_alike():
-            devices = _visible_devices()
-            split_devices(devices, options.num_instances, self._world_size)  # raises ConfigError if they don't suffice
-            self._devices = split_devices(devices, len(devices) // self._world_size, self._world_size)
+            devices, sharing = _visible_devices(), options.instances_per_gpu
+            split_devices(devices, options.num_instances, self._world_size, sharing)  # raises if they don't suffice
+            places = len(devices) // self._world_size * sharing
+            self._devices = split_devices(devices, places, self._world_size, sharing)
 
     def __call__(self, instance: InstanceId, place: Place) -> LaunchSpec:
         """The specification of ``instance``, which is to run at ``place``. Raises LaunchError if that has no device."""

@@ -69,7 +69,7 @@ class ArrieroWorkerExtension:
         """Open the transport and start the copy thread; returns the block layout, or why there is none."""
         self._arriero_spare_generators()
         try:
-            self._arriero_blocks = KvBlocks(self.model_runner.kv_caches)
+            self._arriero_blocks = KvBlocks(self.model_runner.kv_caches, self.model_runner.kv_cache_config.num_blocks)
         except ArrieroError as error:
             return {"error": str(error)}
         self._arriero_slice_bytes = slice_bytes
