@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from arriero.bench.server import log_file, say
+from arriero.bench.server import die_with_parent, log_file, say
 from arriero.core.errors import ArrieroError
 from arriero.sim.profiles import Profile, read_profile
 from arriero.sim.step_time import StepTimeModel
@@ -38,7 +38,9 @@ def calibrated(model: str, path: Path, flags: Sequence[str], instances: int) -> 
         command = [sys.executable, "-m", "arriero.cli", "calibrate", model, "--output", str(path), *flags]
         command += ["--kv-cache-memory-bytes", str(CALIBRATION_KV_BYTES)]  # room for large batches
         with log_file("calibrate").open("wb") as log:
-            done = subprocess.run([*command, "--instances", str(instances)], stdout=log, stderr=log)
+            done = subprocess.run(
+                [*command, "--instances", str(instances)], stdout=log, stderr=log, preexec_fn=die_with_parent
+            )
         if done.returncode:
             raise ArrieroError(f"arriero calibrate ended with exit code {done.returncode}: see {log.name}")
     return read_profile(path)

@@ -133,7 +133,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env=self._env,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     def wait_until_ready(self) -> None:
@@ -255,7 +255,8 @@ class Server:
                     process.kill()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """In a child, before it runs its program: it is to end when whoever started it has died."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
