@@ -19,7 +19,7 @@ from arriero.frontend.requests import LiveRequest
 from .conftest import Engines
 from .test_live_migration import regex, sampling
 
-pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
 ENGINE_FLAGS = ("--dtype", "float32")
 

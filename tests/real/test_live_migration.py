@@ -12,7 +12,7 @@ from arriero.core.types import MigrationMode
 
 from .conftest import Engines, Move
 
-pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
 ENGINE_FLAGS = ("--max-num-batched-tokens", "512")  # whole steps of a long prompt take 20 s on a slow core
 
@@ -150,7 +150,7 @@ async def test_a_prompt_that_is_being_prefilled_can_move(engines: Engines) -> No
 
 async def test_a_recompute_continues_without_the_blocks(engines: Engines) -> None:
     run = await engines.run(engines.prompt(300), sampling(max_tokens=60), [Move(20, 1, RECOMPUTE)])
-    assert [m.ok for m in run.moves] == [True]
+    assert [m.ok for m in run.moves] == [True], run.moves[0].reason
     assert run.moves[0].num_bytes == 0
     assert len(run.tokens) == 60
 

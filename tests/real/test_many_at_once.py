@@ -12,7 +12,7 @@ from arriero.core.types import MigrationMode, Phase
 from .conftest import Engines, Move
 from .test_live_migration import LIVE, RECOMPUTE, sampling
 
-pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
 ENGINE_FLAGS = ("--dtype", "float32", "--max-num-seqs", "6", "--policy", "infaas")  # requests queue in instances
 

@@ -15,7 +15,7 @@ from arriero.observe.parity import replay
 from .conftest import Engines
 from .test_live_migration import sampling
 
-pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
 FOLDER = tempfile.TemporaryDirectory(prefix="arriero-real-")
 LOG = Path(FOLDER.name) / "events.jsonl"
@@ -40,17 +40,22 @@ async def test_streams_go_on_while_a_long_prompt_is_computed_beside_them(engines
     """In vLLM's own steps they would stand still until its first token. It is the first prompt of these engines: they
     know from their start what its tokens take.
     """
-    streams = [asyncio.create_task(generate(engines, f"stream-{i}", 0, [], 600 + i, num_prompt=1)) for i in range(2)]
-    while len(engines.cluster.requests) < 2 or not all(r.tokens for r in engines.cluster.requests):
-        await asyncio.sleep(0.01)
-    running = list(engines.cluster.requests)
-    assert {r.route for r in running} == {0, 1}
-    begun = [len(r.tokens) for r in running]
-    prompt = {"prompt_token_ids": engines.prompt(2000, offset=300)}
-    async for _ in engines.llm.generate(prompt, sampling(max_tokens=1, ignore_eos=True), "long"):
-        assert min(len(r.tokens) - before for r, before in zip(running, begun, strict=True)) >= 5
-    assert not any(task.done() for task in streams)
-    assert await asyncio.gather(*streams) == [600, 601]
+    # More than they can have before the prompt is computed, even if its parts take 60 steps and more each token.
+    streams = [asyncio.create_task(generate(engines, f"stream-{i}", 0, [], 4000 + i, num_prompt=1)) for i in range(2)]
+    try:
+        while len(engines.cluster.requests) < 2 or not all(r.tokens for r in engines.cluster.requests):
+            await asyncio.sleep(0.01)
+        running = list(engines.cluster.requests)
+        assert {r.route for r in running} == {0, 1}
+        begun = [len(r.tokens) for r in running]
+        prompt = {"prompt_token_ids": engines.prompt(2000, offset=300)}
+        async for _ in engines.llm.generate(prompt, sampling(max_tokens=1, ignore_eos=True), "long"):
+            assert min(len(r.tokens) - before for r, before in zip(running, begun, strict=True)) >= 5
+        assert not any(task.done() for task in streams)
+    finally:
+        for task in streams:
+            task.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
 
 
 async def test_an_urgent_request_starts_before_those_that_came_first(engines: Engines) -> None:

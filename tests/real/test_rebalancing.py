@@ -9,7 +9,7 @@ import pytest
 from .conftest import Engines
 from .test_live_migration import sampling
 
-pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
 ENGINE_FLAGS = ("--dtype", "float32", "--rebalance", "--rebalance-low", "65", "--rebalance-high", "75")
 

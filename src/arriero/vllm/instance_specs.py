@@ -30,11 +30,8 @@ def engine_config(args: argparse.Namespace, options: ServeOptions) -> Any:
     """vLLM's configuration of one instance. Raises ConfigError with vLLM's reason in one line."""
     if current_platform.is_cpu() and options.engine == "vllm":
         _share_memory(args, options.num_instances)
-    elif options.engine == "vllm" and options.instances_per_gpu > 1 and args.kv_cache_memory_bytes is None:
-        raise ConfigError(
-            f"--instances-per-gpu {options.instances_per_gpu} needs --kv-cache-memory-bytes: an instance that measures "
-            "what is free on its GPU would be misled by its neighbours"
-        )
+    elif options.engine == "vllm" and options.instances_per_gpu > 1:
+        _share_gpu(args, options.instances_per_gpu)
     return _engine_config(args)
 
 
@@ -65,6 +62,17 @@ def _share_memory(args: argparse.Namespace, num_instances: int) -> None:
             f"{num_instances} instances want {wanted / 2**30:.1f} GiB each, {memory.available / 2**30:.1f} GiB are "
             "available: use fewer --instances or a smaller --kv-cache-memory-bytes"
         )
+
+
+def _share_gpu(args: argparse.Namespace, instances_per_gpu: int) -> None:
+    """What vLLM wants free on a GPU before it starts is shared like the GPU, unless the user chose."""
+    if args.kv_cache_memory_bytes is None:
+        raise ConfigError(
+            f"--instances-per-gpu {instances_per_gpu} needs --kv-cache-memory-bytes: an instance that measures what is "
+            "free on its GPU would be misled by its neighbours"
+        )
+    if args.gpu_memory_utilization == AsyncEngineArgs.gpu_memory_utilization:
+        args.gpu_memory_utilization = round(args.gpu_memory_utilization / instances_per_gpu, 3)
 
 
 class InstanceSpecs:

@@ -1,0 +1,45 @@
+"""What instances that share a GPU ask of it."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from arriero.core.errors import ConfigError  # noqa: E402
+from arriero.vllm import instance_specs  # noqa: E402
+from arriero.vllm.arguments import parse  # noqa: E402
+
+
+class NoCpu:
+    """A platform of GPUs."""
+
+    @staticmethod
+    def is_cpu() -> bool:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instance_specs, "current_platform", NoCpu())
+    monkeypatch.setattr(instance_specs, "_engine_config", lambda args: args.gpu_memory_utilization)
+
+
+@pytest.mark.parametrize(
+    ("flags", "utilization"),
+    [
+        ("", 0.92),
+        ("--kv-cache-memory-bytes 1000000", 0.92),
+        ("--kv-cache-memory-bytes 1000000 --instances-per-gpu 2", 0.46),
+        ("--kv-cache-memory-bytes 1000000 --instances-per-gpu 2 --gpu-memory-utilization 0.1", 0.1),
+    ],
+)
+def test_instances_on_one_gpu_want_their_part_of_it_free(flags: str, utilization: float) -> None:
+    args, options = parse(["model", *flags.split()])
+    assert instance_specs.engine_config(args, options) == utilization
+
+
+def test_instances_on_one_gpu_can_not_measure_what_is_free() -> None:
+    args, options = parse(["model", "--instances-per-gpu", "2"])
+    with pytest.raises(ConfigError, match="--instances-per-gpu 2 needs --kv-cache-memory-bytes"):
+        instance_specs.engine_config(args, options)
