@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from arriero.core.errors import ConfigError  # noqa: E402
-from arriero.vllm import instance_specs  # noqa: E402
-from arriero.vllm.arguments import parse  # noqa: E402
+from arriero.core.errors import ConfigError
+from arriero.vllm import instance_specs
+from arriero.vllm.arguments import parse
 
 
 class NoCpu:
