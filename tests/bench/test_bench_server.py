@@ -159,11 +159,31 @@ def test_sigterm_unwinds_the_stack() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize(
+    ("argv", "fast", "dtype", "kv_bytes"),
+    [
+        ([], "auto", "auto", 100),
+        ([], "float32", "float32", 200),
+        (["--dtype", "auto"], "float32", "auto", 100),
+        (["--model", "other"], "float32", "auto", 100),
+        (["--model", "other", "--dtype", "float32"], "auto", "float32", 200),
+    ],
+)
+def test_the_kv_cache_holds_as_many_tokens_whatever_the_dtype(
+    argv: list[str], fast: str, dtype: str, kv_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arriero.bench.server.fast_dtype", lambda: fast)
+    parser = argparse.ArgumentParser()
+    add_server_options(parser, port=8199, kv_bytes=100)
+    flags = common_flags(parser.parse_args(argv))
+    assert f"--dtype {dtype} --kv-cache-memory-bytes {kv_bytes} " in " ".join(flags)
+
+
 def test_both_servers_get_the_same_flags() -> None:
     parser = argparse.ArgumentParser()
     add_server_options(parser, port=8199, kv_bytes=1 << 20)
-    args = parser.parse_args(["--max-model-len", "512"])
+    args = parser.parse_args(["--max-model-len", "512", "--dtype", "bfloat16"])
     flags = common_flags(args)
-    assert "--max-model-len 512 --kv-cache-memory-bytes 1048576 --block-size 32" in " ".join(flags)
+    assert "--max-model-len 512 --dtype bfloat16 --kv-cache-memory-bytes 1048576 --block-size 32" in " ".join(flags)
     ours, stock = arriero_command("M", port=1, instances=1, flags=flags), stock_command("M", port=1, flags=flags)
     assert ours[-len(flags) :] == stock[-len(flags) :] == flags

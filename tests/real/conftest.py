@@ -15,10 +15,12 @@ from arriero.core.types import MigrationMode
 from arriero.frontend.cluster import Cluster
 from arriero.frontend.migrations import MigrationReport
 from arriero.model.bundled import ensure_bundled_model
+from arriero.model.dtype import fast_dtype
 
 FLAGS = ["--served-model-name", "smollm2", "--instances", "2", "--max-model-len", "8192", "--enforce-eager"]
 FLAGS += ["--block-size", "32", "--kv-cache-memory-bytes", "402653184", "--port", "0", "--disable-log-stats"]
 FLAGS += ["--instances-per-gpu", "2"]  # one GPU is enough for them
+FLAGS += ["--dtype", fast_dtype()]  # steps of bfloat16 take seconds where the CPU does not compute it
 
 
 @dataclass

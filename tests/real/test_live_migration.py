@@ -1,4 +1,4 @@
-"""A request that moves while it runs gives the very tokens of one that stays (bf16, one request alone)."""
+"""A request that moves while it runs gives the very tokens of one that stays (bf16 where the CPU computes it, one request alone)."""
 
 from __future__ import annotations
 

@@ -33,9 +33,11 @@ from arriero.bench.report import Target
 from arriero.bench.server import (
     SERVED_NAME,
     Server,
+    add_server_options,
     arriero_command,
     common_flags,
     ended_by_signals,
+    kv_bytes_of,
     log_file,
     model_of,
     say,
@@ -264,13 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tries", type=int, default=2, help="if the machine drifts (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="drop what results/fidelity.json holds")
     parser.add_argument("--seed", type=int, default=0)
-    group = parser.add_argument_group("server")
-    group.add_argument("--model", default=None, help="model folder (default: the bundled model)")
-    group.add_argument("--port", type=int, default=8160, help="(default: %(default)s)")
-    group.add_argument("--max-model-len", type=int, default=3072, help="(default: %(default)s)")
-    group.add_argument("--kv-cache-memory-bytes", type=int, default=94_371_840, help="(default: %(default)s)")
-    group.add_argument("--block-size", type=int, default=32, help="(default: %(default)s)")
-    group.add_argument("--start-timeout", type=float, default=600.0, help="seconds (default: %(default)s)")
+    add_server_options(parser, port=8160, kv_bytes=94_371_840, max_model_len=3072)
     return parser
 
 
@@ -290,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         itl_target_s=args.itl_target_ms / 1e3,
-        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+        kv_cache_memory_bytes=kv_bytes_of(args),
         flags=flags,
     )
     try:

@@ -30,7 +30,7 @@ from arriero.bench.calibration import calibrated, rate_of
 from arriero.bench.client import Client
 from arriero.bench.replay import Prompts, at_rate, capped, replay, spread
 from arriero.bench.report import Target
-from arriero.bench.server import SERVED_NAME, common_flags, ended_by_signals, model_of, say
+from arriero.bench.server import SERVED_NAME, add_server_options, common_flags, ended_by_signals, model_of, say
 from arriero.bench.systems import ARRIERO, GROUPS, SYSTEMS, Fleet, Running
 from arriero.core.errors import ArrieroError
 from arriero.workload.workload import Arrival, Workload, make_workload
@@ -334,13 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--engines", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="drop what results/race.json holds")
     parser.add_argument("--arriero-flag", action="append", default=[], metavar="FLAG", help="for `arriero serve` alone")
-    group = parser.add_argument_group("server")
-    group.add_argument("--model", default=None, help="model folder (default: the bundled model)")
-    group.add_argument("--port", type=int, default=8140, help="and the ones after it (default: %(default)s)")
-    group.add_argument("--max-model-len", type=int, default=3072, help="(default: %(default)s)")
-    group.add_argument("--kv-cache-memory-bytes", type=int, default=94_371_840, help="(default: %(default)s)")
-    group.add_argument("--block-size", type=int, default=32, help="(default: %(default)s; vLLM's on a CPU is 128)")
-    group.add_argument("--start-timeout", type=float, default=600.0, help="seconds (default: %(default)s)")
+    add_server_options(parser, port=8140, kv_bytes=94_371_840, max_model_len=3072)
     return parser
 
 

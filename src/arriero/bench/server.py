@@ -26,6 +26,7 @@ import psutil
 
 from arriero.core.errors import LaunchError
 from arriero.model.bundled import ensure_bundled_model
+from arriero.model.dtype import MODELS_OWN, fast_dtype
 
 LOGS = Path("results") / "logs"
 SHM = Path("/dev/shm")
@@ -42,13 +43,19 @@ _libc = ctypes.CDLL(None)
 # ---------------------------------------------------------------------- command lines
 
 
-def add_server_options(parser: argparse.ArgumentParser, *, port: int, kv_bytes: int) -> None:
+def add_server_options(parser: argparse.ArgumentParser, *, port: int, kv_bytes: int, max_model_len: int = 8192) -> None:
     """The options of every benchmark that starts servers."""
     group = parser.add_argument_group("server")
     group.add_argument("--model", default=None, help="model folder or name (default: the bundled model)")
     group.add_argument("--port", type=int, default=port, help="(default: %(default)s)")
-    group.add_argument("--max-model-len", type=int, default=8192, help="(default: %(default)s)")
-    group.add_argument("--kv-cache-memory-bytes", type=int, default=kv_bytes, help="an instance (default: %(default)s)")
+    group.add_argument("--dtype", default=None, help="(default: the fastest of the bundled model here, else auto)")
+    group.add_argument("--max-model-len", type=int, default=max_model_len, help="(default: %(default)s)")
+    group.add_argument(
+        "--kv-cache-memory-bytes",
+        type=int,
+        default=kv_bytes,
+        help="an instance, for numbers of 16 bits; twice that for float32 (default: %(default)s)",
+    )
     group.add_argument("--block-size", type=int, default=32, help="(default: %(default)s)")
     group.add_argument("--start-timeout", type=float, default=600.0, help="seconds (default: %(default)s)")
 
@@ -58,12 +65,24 @@ def model_of(args: argparse.Namespace) -> str:
     return args.model or str(ensure_bundled_model())
 
 
+def dtype_of(args: argparse.Namespace) -> str:
+    """The dtype that ``args`` ask for: unless they say, what is fast here of the bundled model, and a model's own."""
+    return args.dtype or (MODELS_OWN if args.model else fast_dtype())
+
+
+def kv_bytes_of(args: argparse.Namespace) -> int:
+    """KV memory of an instance: as many tokens whatever the dtype."""
+    of_16_bits: int = args.kv_cache_memory_bytes
+    return of_16_bits * (2 if dtype_of(args) == "float32" else 1)
+
+
 def common_flags(args: argparse.Namespace) -> list[str]:
     """What `arriero serve` and `vllm serve` are both started with, as `make serve` does."""
     return [
         *("--served-model-name", SERVED_NAME),
         *("--max-model-len", str(args.max_model_len)),
-        *("--kv-cache-memory-bytes", str(args.kv_cache_memory_bytes)),
+        *("--dtype", dtype_of(args)),
+        *("--kv-cache-memory-bytes", str(kv_bytes_of(args))),
         *("--block-size", str(args.block_size)),
         "--enforce-eager",
     ]

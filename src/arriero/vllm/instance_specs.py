@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import fields
@@ -18,9 +19,12 @@ from arriero.core.restarts import Place
 from arriero.core.types import InstanceId
 from arriero.launch.placement import split_cores, split_devices
 from arriero.launch.port import LaunchSpec
+from arriero.model.dtype import computes_bfloat16
 from arriero.vllm.arguments import RaisingParser, ServeOptions, parse
 from arriero.vllm.compat import AsyncEngineArgs, Executor, UsageContext
 from arriero.vllm.engine import EngineSpec
+
+logger = logging.getLogger(__name__)
 
 SHM_PREFIX = "arriero"
 CPU_MEMORY_SHARE = 0.8
@@ -30,7 +34,10 @@ def engine_config(args: argparse.Namespace, options: ServeOptions) -> Any:
     """vLLM's configuration of one instance. Raises ConfigError with vLLM's reason in one line."""
     if current_platform.is_cpu() and options.engine == "vllm":
         _share_memory(args, options.num_instances)
-    elif options.engine == "vllm" and options.instances_per_gpu > 1:
+        config = _engine_config(args)
+        _warn_of_slow_numbers(config.model_config.dtype)
+        return config
+    if options.engine == "vllm" and options.instances_per_gpu > 1:
         _share_gpu(args, options.instances_per_gpu)
     return _engine_config(args)
 
@@ -62,6 +69,11 @@ def _share_memory(args: argparse.Namespace, num_instances: int) -> None:
             f"{num_instances} instances want {wanted / 2**30:.1f} GiB each, {memory.available / 2**30:.1f} GiB are "
             "available: use fewer --instances or a smaller --kv-cache-memory-bytes"
         )
+
+
+def _warn_of_slow_numbers(dtype: object) -> None:
+    if "bfloat16" in str(dtype) and not computes_bfloat16():
+        logger.warning("this CPU has no instructions for bfloat16: --dtype float32 is several times faster here")
 
 
 def _share_gpu(args: argparse.Namespace, instances_per_gpu: int) -> None:
