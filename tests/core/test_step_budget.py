@@ -23,13 +23,13 @@ def told(config: StepConfig, *seen: tuple[int, float]) -> StepBudget:
 
 
 @given(steps)
-def test_where_nobody_decodes_prompts_take_the_whole_step(seen: list[tuple[int, float]]) -> None:
+def test_where_no_stream_waits_prompts_take_the_whole_step(seen: list[tuple[int, float]]) -> None:
     assert told(StepConfig(), *seen).prompt_tokens(0) is None
 
 
 @given(steps, st.integers(0, 64))
-def test_without_a_target_prompts_take_the_whole_step(seen: list[tuple[int, float]], num_decodes: int) -> None:
-    assert told(StepConfig(itl_target_s=0), *seen).prompt_tokens(num_decodes) is None
+def test_without_a_target_prompts_take_the_whole_step(seen: list[tuple[int, float]], num_streams: int) -> None:
+    assert told(StepConfig(itl_target_s=0), *seen).prompt_tokens(num_streams) is None
 
 
 @given(st.lists(seconds, max_size=5))
@@ -38,8 +38,8 @@ def test_before_a_prompt_was_computed_nothing_is_known_and_nothing_limited(decod
 
 
 @given(steps, st.integers(1, 64), st.integers(1, 300))
-def test_prompts_are_never_starved(seen: list[tuple[int, float]], num_decodes: int, least: int) -> None:
-    limit = told(StepConfig(least_prompt_tokens=least), *seen).prompt_tokens(num_decodes)
+def test_prompts_are_never_starved(seen: list[tuple[int, float]], num_streams: int, least: int) -> None:
+    limit = told(StepConfig(least_prompt_tokens=least), *seen).prompt_tokens(num_streams)
     assert limit is None or limit >= least
 
 

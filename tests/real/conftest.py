@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from arriero.core.types import MigrationMode
+from arriero.core.types import MigrationMode, RequestSnapshot
 from arriero.frontend.cluster import Cluster
 from arriero.frontend.migrations import MigrationReport
 from arriero.model.bundled import ensure_bundled_model
@@ -68,6 +68,11 @@ class Engines:
     def internal_id(self, name: str) -> str | None:
         """The live request that ``generate`` was called with ``name`` for."""
         return next((r.request_id for r in self.cluster.requests if r.external_id == name), None)
+
+    def seen_at(self, instance: int) -> list[RequestSnapshot]:
+        """What the scheduler has been told of the requests there, after the last step that it has heard of."""
+        snapshot = self.cluster.scheduler.snapshot_of(instance)
+        return [] if snapshot is None else list(snapshot.requests)
 
     async def run(self, prompt: Any, params: Any, moves: list[Move] | None = None, name: str | None = None) -> Run:
         """Generate, moving on the way; every move has ended when this returns."""

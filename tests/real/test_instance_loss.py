@@ -40,8 +40,8 @@ def _params(name: str) -> Any:
 async def streams(engines: Engines) -> Streams:
     """With their references: what each says when nothing happens to it."""
     made = Streams(engines)
-    for name in REQUESTS:
-        made.stayed[name] = await engines.run(made.prompts[name], _params(name))
+    runs = await asyncio.gather(*(engines.run(made.prompts[name], _params(name)) for name in REQUESTS))
+    made.stayed = dict(zip(REQUESTS, runs, strict=True))
     return made
 
 

@@ -1,4 +1,4 @@
-"""A request that moves while it runs gives the very tokens of one that stays (bf16 where the CPU computes it, one request alone)."""
+"""A request that moves while it runs gives the very tokens of one that stays: alone, in bf16 if the CPU computes it."""
 
 from __future__ import annotations
 
@@ -136,13 +136,12 @@ async def test_a_prompt_that_is_being_prefilled_can_move(engines: Engines) -> No
     stayed = await engines.run(prompt, sampling(max_tokens=20))
     await engines.forget_prefixes()
     task = asyncio.create_task(engines.run(prompt, sampling(max_tokens=20), name="prefilling"))
-    await asyncio.sleep(2.5)
-    request_id = engines.internal_id("prefilling")
-    assert request_id is not None
-    request = engines.cluster.requests.get(request_id)
-    assert request is not None
+    while not any(0 < r.prefill_tokens < len(prompt) for r in engines.seen_at(0) + engines.seen_at(1)):
+        await asyncio.sleep(0.01)
+    (request,) = engines.cluster.requests
     assert not request.tokens
-    report = await engines.cluster.migrate(request_id, 1 - request.route)
+    assert request.route is not None
+    report = await engines.cluster.migrate(request.request_id, 1 - request.route)
     moved = await task
     assert report.ok, report.reason
     assert moved.tokens == stayed.tokens

@@ -88,10 +88,9 @@ async def test_a_waiting_request_moves_without_a_copy(engines: Engines) -> None:
             await asyncio.sleep(0.005)
     finally:
         engines.cluster.scheduler.instance_joined(1, engines.cluster.clock())
-    await asyncio.sleep(0.3)
-    snapshot = engines.cluster.scheduler.snapshot_of(0)
-    assert snapshot is not None
-    assert [r.request_id for r in snapshot.requests if r.phase is Phase.WAITING] == [request_id]
+    while not (waiting := [r.request_id for r in engines.seen_at(0) if r.phase is Phase.WAITING]):
+        await asyncio.sleep(0.01)
+    assert waiting == [request_id]
     report = await engines.cluster.migrate(request_id, 1)
     run = await queued
     still_running = sum(not task.done() for task in running)
@@ -114,12 +113,12 @@ async def test_priority_survives_a_move(engines: Engines) -> None:
     while len(request.tokens) < 10:
         await asyncio.sleep(0.005)
     report = await engines.cluster.migrate(request_id, 1 - request.route)
-    await asyncio.sleep(0.1)
-    snapshot = engines.cluster.scheduler.snapshot_of(request.route)
-    await task
     assert report.ok, report.reason
-    assert snapshot is not None
-    assert [r.priority for r in snapshot.requests if r.request_id == request_id] == [-3]
+    assert request.route is not None
+    while not (priorities := [r.priority for r in engines.seen_at(request.route) if r.request_id == request_id]):
+        await asyncio.sleep(0.01)
+    await task
+    assert priorities == [-3]
 
 
 def _ids(engines: Engines) -> dict[str, Any]:

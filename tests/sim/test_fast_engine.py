@@ -176,6 +176,35 @@ def test_prefill_first_computes_prompts_whole_in_steps_of_their_own() -> None:
     assert [(s.request_id, n) for s, n in segment.chunks] == [("a", 1), ("b", 1), ("c", 1)]
 
 
+def test_prompts_come_in_parts_while_a_request_moves_in() -> None:
+    """On both engines: it begins behind the step under way. The first prompt teaches them what a prompt takes."""
+    settings = config(num_blocks=800, itl_target_s=0.02)
+    slow, quick = SimEngine(settings), FastEngine(settings)
+    slow.add(Job(request_id="first", prompt_token_ids=range(100), max_tokens=1))
+    quick.add(FastSequence("first", 100, 1))
+    assert step_sizes(slow, quick) == (100, 100)
+    slow.park(Job(request_id="guest", prompt_token_ids=range(8), max_tokens=9))
+    slow.reserve("guest", 8)
+    quick.reserved["guest"] = FastSequence("guest", 8, 9)
+    slow.add(Job(request_id="long", prompt_token_ids=range(1000), max_tokens=1))
+    quick.add(FastSequence("long", 1000, 1))
+    part, same = step_sizes(slow, quick)
+    assert part == same < 500
+    slow.discard("guest")
+    quick.reserved.clear()
+    assert step_sizes(slow, quick) == (1000 - part, 1000 - part)
+
+
+def step_sizes(slow: SimEngine, quick: FastEngine) -> tuple[int, int]:
+    """Tokens of the next step of each."""
+    step, segment = slow.begin_step(0.0), quick.begin(0.0)
+    assert step is not None
+    assert segment is not None
+    slow.finish_step(step.ends_s)
+    quick.finish()
+    return sum(c.num_tokens for c in step.chunks), sum(n for _, n in segment.chunks)
+
+
 def test_what_can_never_run_is_refused() -> None:
     engine = FastEngine(config())
     for prompt, output in ((0, 1), (1, 0), (100, 21)):

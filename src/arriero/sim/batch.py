@@ -88,14 +88,16 @@ class Batch:
 
     # ------------------------------------------------------------------ the rule
 
-    def plan(self, num_places_held: int) -> list[Chunk]:
+    def plan(self, num_places_held: int, num_incoming: int) -> list[Chunk]:
         """The next step; empty if nothing can run.
 
         ``num_places_held``: of ``max_num_seqs``, taken by requests that are frozen or coming in.
+        ``num_incoming``: requests that are coming in.
         """
         while True:
             before = self.num_preemptions
-            budget, part = self.limits.of(sum(s.num_tokens - s.num_computed == 1 for s in self._running))
+            num_decodes = sum(s.num_tokens - s.num_computed == 1 for s in self._running)
+            budget, part = self.limits.of(num_decodes, num_incoming)
             chunks = self._continue_running(budget, part)
             if self.num_preemptions == before:
                 budget -= sum(c.num_tokens for c in chunks)

@@ -96,7 +96,7 @@ class SimEngine:
     def begin_step(self, now: float) -> PlannedStep | None:
         """Decide the next batch; None if nothing can run. Tokens appear with :meth:`finish_step`."""
         assert self._step is None, "the step in flight has not been finished"
-        chunks = self.held.batch.plan(self.held.num_places_held)
+        chunks = self.held.batch.plan(self.held.num_places_held, len(self.held.reserved))
         if not chunks:
             return None
         for chunk in chunks:

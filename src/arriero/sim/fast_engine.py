@@ -266,16 +266,18 @@ class FastEngine:
                 return chunks
         while True:
             before = self.num_preemptions
-            budget, part = self._limits.of(self._num_decodes) if self._limits.has_target else self._limits.whole
+            budget, part = self._step_limits()
             chunks = self._continue_running(budget, part)
             if self.num_preemptions == before and self.waiting and not self._prefill_first:
                 self._admit_waiting(chunks, budget - sum([n for _, n in chunks]))
             if chunks or self.num_preemptions == before:
                 return chunks
 
-    @property
-    def _num_decodes(self) -> int:
-        return sum([s.num_prompt + s.num_output - s.num_computed == 1 for s in self.running])
+    def _step_limits(self) -> tuple[int, int]:
+        if not self._limits.has_target:
+            return self._limits.whole
+        num_decodes = sum([s.num_prompt + s.num_output - s.num_computed == 1 for s in self.running])
+        return self._limits.of(num_decodes, len(self.reserved))
 
     def _continue_running(self, budget: int, part: int) -> list[tuple[FastSequence, int]]:
         chunks: list[tuple[FastSequence, int]] = []

@@ -17,9 +17,9 @@ class StepLimits:
         self.whole = config.max_num_batched_tokens, config.max_num_batched_tokens
         self._budget = StepBudget(StepConfig(itl_target_s=config.itl_target_s))
 
-    def of(self, num_decodes: int) -> tuple[int, int]:
+    def of(self, num_decodes: int, num_incoming: int) -> tuple[int, int]:
         """Tokens of the next step, and the most of them of a request that does not decode."""
-        prompt_tokens = self._budget.prompt_tokens(num_decodes)
+        prompt_tokens = self._budget.prompt_tokens(num_decodes + num_incoming)
         if prompt_tokens is None:
             return self.whole
         return min(self.whole[0], num_decodes + prompt_tokens), prompt_tokens
