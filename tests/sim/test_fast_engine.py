@@ -176,22 +176,20 @@ def test_prefill_first_computes_prompts_whole_in_steps_of_their_own() -> None:
     assert [(s.request_id, n) for s, n in segment.chunks] == [("a", 1), ("b", 1), ("c", 1)]
 
 
-def test_prompts_come_in_parts_while_a_request_moves_in() -> None:
-    """On both engines: it begins behind the step under way. The first prompt teaches them what a prompt takes."""
+def test_prompts_come_in_parts_while_a_request_moves() -> None:
+    """On both engines: its move waits for the ends of steps. The first prompt teaches them what a prompt takes."""
     settings = config(num_blocks=800, itl_target_s=0.02)
-    slow, quick = SimEngine(settings), FastEngine(settings)
-    slow.add(Job(request_id="first", prompt_token_ids=range(100), max_tokens=1))
-    quick.add(FastSequence("first", 100, 1))
-    assert step_sizes(slow, quick) == (100, 100)
-    slow.park(Job(request_id="guest", prompt_token_ids=range(8), max_tokens=9))
-    slow.reserve("guest", 8)
-    quick.reserved["guest"] = FastSequence("guest", 8, 9)
-    slow.add(Job(request_id="long", prompt_token_ids=range(1000), max_tokens=1))
-    quick.add(FastSequence("long", 1000, 1))
+    slow, quick, moves = SimEngine(settings), FastEngine(settings), set[str]()
+    slow.has_moves = quick.has_moves = lambda: bool(moves)
+    for name, size in (("first", 100), ("long", 1000)):
+        slow.add(Job(request_id=name, prompt_token_ids=range(size), max_tokens=1))
+        quick.add(FastSequence(name, size, 1))
+        if name == "first":
+            assert step_sizes(slow, quick) == (100, 100)
+    moves.add("guest")
     part, same = step_sizes(slow, quick)
     assert part == same < 500
-    slow.discard("guest")
-    quick.reserved.clear()
+    moves.clear()
     assert step_sizes(slow, quick) == (1000 - part, 1000 - part)
 
 

@@ -37,7 +37,7 @@ class Engine:
     scheduler: Any
     vllm_config: Any
     now_s: float = 0.0
-    num_incoming: int = 0
+    has_moves: bool = False
     steps: list[tuple[dict[str, int], float]] = field(default_factory=list)  #: tokens of each request, seconds
 
     def add(self, name: str, num_tokens: int, max_tokens: int) -> None:
@@ -77,7 +77,7 @@ def make_engine(*, overlapping: bool = False, **flags: Any) -> Engine:
 
 def limited(engine: Engine, config: StepConfig = TARGET) -> Engine:
     """With its clock."""
-    StepLimits(engine.scheduler, config, lambda: engine.num_incoming, lambda: engine.now_s)
+    StepLimits(engine.scheduler, config, lambda: engine.has_moves, lambda: engine.now_s)
     return engine
 
 
@@ -119,13 +119,13 @@ def test_a_prompt_that_nobody_waits_for_is_computed_at_once() -> None:
     assert engine.step() == {"long": 2000}
 
 
-def test_a_request_that_moves_in_does_not_wait_for_the_end_of_a_whole_prompt() -> None:
+def test_a_request_that_moves_does_not_wait_for_the_end_of_a_whole_prompt() -> None:
     engine = settled(limited(make_engine()))
     engine.scheduler.finish_requests(["stream"], 7)
-    engine.num_incoming = 1
+    engine.has_moves = True
     engine.add("long", 2000, 1)
     engine.step()
-    engine.num_incoming = 0  # it has come, or turned back
+    engine.has_moves = False
     engine.step()
     part, rest = engine.steps
     assert part[1] == pytest.approx(0.2, rel=0.15)
@@ -195,14 +195,14 @@ def test_steps_that_overlap_are_timed_from_one_end_to_the_next() -> None:
 def test_a_scheduler_that_cannot_be_limited_is_left_as_it_is(config: StepConfig, change: Any) -> None:
     engine = make_engine()
     change(engine)
-    assert limit_steps(engine, config, lambda: 0) is None
+    assert limit_steps(engine, config, lambda: False) is None
     assert "schedule" not in vars(engine.scheduler)
     assert "update_from_output" not in vars(engine.scheduler)
 
 
 def test_a_scheduler_that_can_be_limited_is() -> None:
     engine = make_engine()
-    assert limit_steps(engine, TARGET, lambda: 0) is not None
+    assert limit_steps(engine, TARGET, lambda: False) is not None
     assert "schedule" in vars(engine.scheduler)
 
 

@@ -4,7 +4,8 @@ A step is as long for the requests that decode in it as for the prompts that it 
 burst of prompts keeps every stream of the instance waiting for its next token for as long as thousands of prompt tokens
 take. Prompts are computed in parts that fit into a target for the time between two tokens instead, and decodes go along
 with each part (stall-free batching: Sarathi-Serve, OSDI'24, section 4.2; there the budget is profiled beforehand, here
-the steps tell it). The same holds while a request moves in: it begins behind the step under way.
+the steps tell it). The same holds while a request moves in or out: each stage
+of its move waits for the end of a step, and it begins behind one.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ class StepBudget:
         else:
             self._decode_s = took_s
 
-    def prompt_tokens(self, num_streams: int) -> int | None:
-        """The most prompt tokens for a step that ``num_streams`` requests wait for: they decode in it, or come in by
-        migration and begin behind it. None: what the engine takes.
+    def prompt_tokens(self, *, is_awaited: bool) -> int | None:
+        """The most prompt tokens for the next step; None: what the engine takes. ``is_awaited``: requests decode in it,
+        or move, and wait for its end.
 
         Where decodes alone take more than half of the target, prompts get as much time as they do: nobody starves.
         """
         target_s = self._config.itl_target_s
-        if not target_s or not num_streams or self._prompt_s <= 0:
+        if not target_s or not is_awaited or self._prompt_s <= 0:
             return None
         spare_s = max(target_s - self._decode_s, self._decode_s)
         return max(self._config.least_prompt_tokens, int(spare_s * self._prompt_tokens / self._prompt_s))

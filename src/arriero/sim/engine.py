@@ -62,6 +62,7 @@ class SimEngine:
         self._copy_share = self._copy.copy_share
         self._model = SimModel(config, self.held.pool)
         self._step: PlannedStep | None = None
+        self.has_moves: Callable[[], bool] = lambda: False  #: whether a request moves in or out; its llumlet knows
 
     # ------------------------------------------------------------------ requests
 
@@ -96,7 +97,7 @@ class SimEngine:
     def begin_step(self, now: float) -> PlannedStep | None:
         """Decide the next batch; None if nothing can run. Tokens appear with :meth:`finish_step`."""
         assert self._step is None, "the step in flight has not been finished"
-        chunks = self.held.batch.plan(self.held.num_places_held, len(self.held.reserved))
+        chunks = self.held.batch.plan(self.held.num_places_held, self.has_moves)
         if not chunks:
             return None
         for chunk in chunks:

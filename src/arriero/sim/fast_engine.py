@@ -9,6 +9,7 @@ are bit for bit those of single steps. A test holds both against :class:`arriero
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
 
@@ -46,6 +47,7 @@ class FastEngine:
         self.preempted: list[FastSequence] = []  #: since somebody emptied the list
         self.segment: Segment | None = None
         self.instance = instance
+        self.has_moves: Callable[[], bool] = lambda: False  #: whether a request moves in or out; its llumlet knows
         self._prefill_first = prefill_first
         self._numbers = 0
         self._limits = StepLimits(config)
@@ -277,7 +279,7 @@ class FastEngine:
         if not self._limits.has_target:
             return self._limits.whole
         num_decodes = sum([s.num_prompt + s.num_output - s.num_computed == 1 for s in self.running])
-        return self._limits.of(num_decodes, len(self.reserved))
+        return self._limits.of(num_decodes, self.has_moves)
 
     def _continue_running(self, budget: int, part: int) -> list[tuple[FastSequence, int]]:
         chunks: list[tuple[FastSequence, int]] = []

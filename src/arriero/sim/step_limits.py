@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from arriero.core.config import StepConfig
 from arriero.core.step_budget import StepBudget
@@ -17,9 +17,9 @@ class StepLimits:
         self.whole = config.max_num_batched_tokens, config.max_num_batched_tokens
         self._budget = StepBudget(StepConfig(itl_target_s=config.itl_target_s))
 
-    def of(self, num_decodes: int, num_incoming: int) -> tuple[int, int]:
+    def of(self, num_decodes: int, has_moves: Callable[[], bool]) -> tuple[int, int]:
         """Tokens of the next step, and the most of them of a request that does not decode."""
-        prompt_tokens = self._budget.prompt_tokens(num_decodes + num_incoming)
+        prompt_tokens = self._budget.prompt_tokens(is_awaited=num_decodes > 0 or has_moves())
         if prompt_tokens is None:
             return self.whole
         return min(self.whole[0], num_decodes + prompt_tokens), prompt_tokens

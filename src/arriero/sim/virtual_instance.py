@@ -82,6 +82,7 @@ class VirtualInstance:
         )
         self._migration = migration
         self.llumlet = Llumlet(self.port, migration)
+        engine.has_moves = lambda: self.llumlet.has_moves
 
     # ------------------------------------------------------------------ input
 

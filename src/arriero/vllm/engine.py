@@ -238,10 +238,10 @@ class ArrieroEngineCore(EngineCoreProc):
         self._llumlet.handle(decode_message(message), reply, time.monotonic())
         return future.result() if future.done() else future
 
-    def num_incoming(self) -> int:
-        """Migrations on their way to this instance."""
+    def has_moves(self) -> bool:
+        """Whether a request moves to this instance or away."""
         assert self._llumlet is not None
-        return self._llumlet.num_incoming
+        return self._llumlet.has_moves
 
     def arriero_check(self) -> dict[str, Any]:
         """Check the books and say what is held, for tests and leak hunts."""
@@ -312,7 +312,7 @@ def run(spec: EngineSpec) -> None:
         engine.open_llumlet()
         report_stage("warming up")
         warm_up(engine)
-        if limit_steps(engine, spec.step, engine.num_incoming) is not None:
+        if limit_steps(engine, spec.step, engine.has_moves) is not None:
             time_a_prompt(engine)
         note_shared_memory(Path(spec.input_address.removeprefix("ipc://")).parent, os.getpgid(0))
         engine.report_with_outputs()

@@ -19,12 +19,12 @@ class StepLimits:
         self,
         scheduler: Any,
         config: StepConfig,
-        num_incoming: Callable[[], int],
+        has_moves: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``num_incoming``: migrations that are on their way to this instance."""
+        """``has_moves``: whether a request moves to this instance or away."""
         self._scheduler = scheduler
-        self._num_incoming = num_incoming
+        self._has_moves = has_moves
         self._schedule = scheduler.schedule
         self._update = scheduler.update_from_output
         self._budget = StepBudget(config)
@@ -37,7 +37,7 @@ class StepLimits:
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As the scheduler's."""
         num_decodes = self._num_decodes()
-        limit = self._budget.prompt_tokens(num_decodes + self._num_incoming())
+        limit = self._budget.prompt_tokens(is_awaited=num_decodes > 0 or self._has_moves())
         with nullcontext() if limit is None else self._bounds(num_decodes, limit):
             planned = self._schedule(*args, **kwargs)
         self._scheduled.append((planned, self._clock()))
@@ -84,8 +84,8 @@ def _num_prompt_tokens(planned: Any) -> int:
     return max(0, num_tokens - len(planned.num_scheduled_tokens) - drafted)
 
 
-def limit_steps(engine: Any, config: StepConfig, num_incoming: Callable[[], int]) -> StepLimits | None:
-    """Hold the steps of ``engine``, a vLLM ``EngineCore``, to ``config``; ``num_incoming`` as for :class:`StepLimits`.
+def limit_steps(engine: Any, config: StepConfig, has_moves: Callable[[], bool]) -> StepLimits | None:
+    """Hold the steps of ``engine``, a vLLM ``EngineCore``, to ``config``; ``has_moves`` as for :class:`StepLimits`.
 
     None, and nothing is changed, without a target or where prompts cannot be cut anywhere: without chunked prefill, in
     models whose state is kept at block ends only, and where an image must be in one part.
@@ -100,4 +100,4 @@ def limit_steps(engine: Any, config: StepConfig, num_incoming: Callable[[], int]
         or whole_images
     ):
         return None
-    return StepLimits(scheduler, config, num_incoming)
+    return StepLimits(scheduler, config, has_moves)
