@@ -132,7 +132,7 @@ async def test_a_client_may_leave_at_any_step_of_the_move(engines: Engines) -> N
 
 
 async def test_a_prompt_that_is_being_prefilled_can_move(engines: Engines) -> None:
-    prompt = engines.prompt(6000)
+    prompt = engines.prompt(3000)
     stayed = await engines.run(prompt, sampling(max_tokens=20))
     await engines.forget_prefixes()
     task = asyncio.create_task(engines.run(prompt, sampling(max_tokens=20), name="prefilling"))
