@@ -131,22 +131,6 @@ async def test_a_client_may_leave_at_any_step_of_the_move(engines: Engines) -> N
         await engines.assert_no_leaks()
 
 
-async def test_a_prompt_that_is_being_prefilled_can_move(engines: Engines) -> None:
-    prompt = engines.prompt(3000)
-    stayed = await engines.run(prompt, sampling(max_tokens=20))
-    await engines.forget_prefixes()
-    task = asyncio.create_task(engines.run(prompt, sampling(max_tokens=20), name="prefilling"))
-    while not any(0 < r.prefill_tokens < len(prompt) for r in engines.seen_at(0) + engines.seen_at(1)):
-        await asyncio.sleep(0.01)
-    (request,) = engines.cluster.requests
-    assert not request.tokens
-    assert request.route is not None
-    report = await engines.cluster.migrate(request.request_id, 1 - request.route)
-    moved = await task
-    assert report.ok, report.reason
-    assert moved.tokens == stayed.tokens
-
-
 async def test_a_recompute_continues_without_the_blocks(engines: Engines) -> None:
     run = await engines.run(engines.prompt(300), sampling(max_tokens=60), [Move(20, 1, RECOMPUTE)])
     assert [m.ok for m in run.moves] == [True], run.moves[0].reason

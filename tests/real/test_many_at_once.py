@@ -15,6 +15,7 @@ from .test_live_migration import LIVE, RECOMPUTE, sampling
 pytestmark = [pytest.mark.real, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
 ENGINE_FLAGS = ("--dtype", "float32", "--max-num-seqs", "6", "--policy", "infaas")  # requests queue in instances
+ENGINE_FLAGS += ("--max-num-batched-tokens", "512")  # whole steps of a long prompt take 20 s on a slow core
 
 
 async def test_requests_of_a_batch_that_all_move_equal_their_unmoved_selves(engines: Engines) -> None:
@@ -123,6 +124,23 @@ async def test_priority_survives_a_move(engines: Engines) -> None:
 
 def _ids(engines: Engines) -> dict[str, Any]:
     return {"prompt_token_ids": engines.prompt(100)}
+
+
+async def test_a_prompt_that_is_being_prefilled_can_move(engines: Engines) -> None:
+    """Its parts are others than those of the prompt that stays: exact in float32 only."""
+    prompt = engines.prompt(3000)
+    stayed = await engines.run(prompt, sampling(max_tokens=20))
+    await engines.forget_prefixes()
+    task = asyncio.create_task(engines.run(prompt, sampling(max_tokens=20), name="prefilling"))
+    while not any(0 < r.prefill_tokens < len(prompt) for r in engines.seen_at(0) + engines.seen_at(1)):
+        await asyncio.sleep(0.01)
+    (request,) = engines.cluster.requests
+    assert not request.tokens
+    assert request.route is not None
+    report = await engines.cluster.migrate(request.request_id, 1 - request.route)
+    moved = await task
+    assert report.ok, report.reason
+    assert moved.tokens == stayed.tokens
 
 
 @pytest.mark.parametrize("mode", [LIVE, RECOMPUTE])
