@@ -344,14 +344,6 @@ def test_a_detached_request_never_resumes_by_itself(source: Bench) -> None:
     assert source.ask(DETACH)[0].ok
 
 
-def test_a_request_moves_from_its_first_copy_until_it_is_released(source: Bench) -> None:
-    assert not source.llumlet.has_moves
-    source.ask(DETACH)
-    assert source.llumlet.has_moves
-    source.ask(RELEASE)
-    assert not source.llumlet.has_moves
-
-
 # ---------------------------------------------------------------------- destination
 
 
@@ -361,7 +353,6 @@ def test_reserve_takes_the_parked_request(destination: Bench) -> None:
     assert destination.engine.parked == {}
     assert destination.engine.num_free_blocks == destination.engine.num_blocks - 4
     assert destination.llumlet.num_incoming == 1
-    assert destination.llumlet.has_moves
     assert destination.llumlet.open_migrations() == ["in m r reserved"]
 
 

@@ -133,6 +133,12 @@ def instance() -> Iterator[SimInstance]:
     transport.close()
 
 
+def test_the_steps_of_an_instance_know_of_its_moves(instance: SimInstance) -> None:
+    assert not instance._engine.limits.has_moves()
+    instance._llumlet.parked("guest", 0.0)
+    assert instance._engine.limits.has_moves()
+
+
 @frames.tried
 @given(st.lists(frames.to_an_instance, min_size=1, max_size=8))
 def test_an_instance_serves_on_whatever_it_is_sent(instance: SimInstance, messages: list[Sequence[bytes]]) -> None:

@@ -180,7 +180,7 @@ def test_prompts_come_in_parts_while_a_request_moves() -> None:
     """On both engines: its move waits for the ends of steps. The first prompt teaches them what a prompt takes."""
     settings = config(num_blocks=800, itl_target_s=0.02)
     slow, quick, moves = SimEngine(settings), FastEngine(settings), set[str]()
-    slow.has_moves = quick.has_moves = lambda: bool(moves)
+    slow.limits.has_moves = quick.limits.has_moves = lambda: bool(moves)
     for name, size in (("first", 100), ("long", 1000)):
         slow.add(Job(request_id=name, prompt_token_ids=range(size), max_tokens=1))
         quick.add(FastSequence(name, size, 1))

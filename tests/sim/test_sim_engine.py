@@ -195,10 +195,10 @@ def test_a_victims_tokens_go_to_those_after_it_and_nobody_is_admitted_in_its_ste
     running(batch, pool, loser, winner, other)
     batch.enqueue(Sequence(job("small", 1, priority=-5)))
     assert pool.num_free == 0
-    chunks = batch.plan(0, lambda: False)
+    chunks = batch.plan(0)
     assert [(c.sequence.request_id, c.num_tokens) for c in chunks] == [("winner", 1), ("other", 1)]
     assert [s.request_id for s in batch.waiting] == ["small", "loser"]
-    assert [c.sequence.request_id for c in batch.plan(0, lambda: False)] == ["winner", "other", "small"][:budget]
+    assert [c.sequence.request_id for c in batch.plan(0)] == ["winner", "other", "small"][:budget]
 
 
 # ---------------------------------------------------------------------- ends

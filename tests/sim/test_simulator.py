@@ -100,6 +100,17 @@ def test_a_long_prompt_goes_in_chunks() -> None:
     assert result.num_steps == 3
 
 
+def test_the_steps_of_an_instance_know_of_its_moves() -> None:
+    """Also of those after it was lost and came again."""
+    _, simulator = simulate([Arrival(0.0, 10, 2)], cluster(1, engine=engine()))
+    (instance,) = simulator.instances
+    for _ in range(2):
+        assert not instance.engine.limits.has_moves()
+        instance.llumlet.parked("guest", 0.0)
+        assert instance.engine.limits.has_moves()
+        instance.die()
+
+
 def test_preemption_recomputes_and_its_loss_is_measured() -> None:
     """4 blocks of 16, prompts of 31: both run from 62 ms on with 2 blocks each, step 2 fills them (64 ms). Then b gives
     way, a takes 9 more steps of 1 ms (73 ms). Then b's 33 tokens are computed again (106 ms) and the other 8 follow.

@@ -117,11 +117,6 @@ class Llumlet:
         """Reservations that are neither committed nor ended."""
         return self._destination.num_incoming
 
-    @property
-    def has_moves(self) -> bool:
-        """Whether a request moves in or out."""
-        return self._source.has_moves or self._destination.num_incoming > 0
-
     def open_migrations(self) -> list[str]:
         """Every migration that still holds something here, for leak checks."""
         return self._source.open_migrations() + self._destination.open_migrations()

@@ -77,11 +77,6 @@ class SourceRole:
             if outgoing.request_id == request_id and outgoing.state is _Out.DETACHING:
                 self._settle_detach(migration_id, now)
 
-    @property
-    def has_moves(self) -> bool:
-        """Whether a request is copied or handed over."""
-        return any(o.state is not _Out.ENDED for o in self._outgoing.values())
-
     def open_migrations(self) -> list[str]:
         """What holds something here."""
         held = [(m, o) for m, o in self._outgoing.items() if o.state is not _Out.ENDED or o.exporting]

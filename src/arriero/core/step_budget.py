@@ -4,11 +4,12 @@ A step is as long for the requests that decode in it as for the prompts that it 
 burst of prompts keeps every stream of the instance waiting for its next token for as long as thousands of prompt tokens
 take. Prompts are computed in parts that fit into a target for the time between two tokens instead, and decodes go along
 with each part (stall-free batching: Sarathi-Serve, OSDI'24, section 4.2; there the budget is profiled beforehand, here
-the steps tell it). The same holds while a request moves in or out: each stage
-of its move waits for the end of a step, and it begins behind one.
+the steps tell it). The same holds while a request moves in or out: each stage of its move waits for the end of a step.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from arriero.core.config import StepConfig
 
@@ -19,8 +20,10 @@ _MEMORY = 0.9  # of what is known, kept from one step with prompt tokens to the 
 class StepBudget:
     """Learns from an instance's steps how long a prompt token takes."""
 
-    def __init__(self, config: StepConfig) -> None:
+    def __init__(self, config: StepConfig, has_moves: Callable[[], bool]) -> None:
+        """``has_moves``: whether a request moves to the instance or away; asked only where no request decodes."""
         self._config = config
+        self._has_moves = has_moves
         self._decode_s = 0.0  # a step without prompt tokens, moving average; 0: not seen yet
         self._prompt_s = 0.0  # what steps with prompt tokens took beyond that, a fading sum
         self._prompt_tokens = 0.0  # the tokens of these, a fading sum
@@ -35,14 +38,13 @@ class StepBudget:
         else:
             self._decode_s = took_s
 
-    def prompt_tokens(self, *, is_awaited: bool) -> int | None:
-        """The most prompt tokens for the next step; None: what the engine takes. ``is_awaited``: requests decode in it,
-        or move, and wait for its end.
+    def prompt_tokens(self, num_decodes: int) -> int | None:
+        """The most prompt tokens for a step in which ``num_decodes`` requests decode; None: what the engine takes.
 
         Where decodes alone take more than half of the target, prompts get as much time as they do: nobody starves.
         """
         target_s = self._config.itl_target_s
-        if not target_s or not is_awaited or self._prompt_s <= 0:
+        if not target_s or self._prompt_s <= 0 or not (num_decodes or self._has_moves()):
             return None
         spare_s = max(target_s - self._decode_s, self._decode_s)
         return max(self._config.least_prompt_tokens, int(spare_s * self._prompt_tokens / self._prompt_s))

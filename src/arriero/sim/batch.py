@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable
 from collections.abc import Sequence as ReadOnly
 from dataclasses import dataclass
 
@@ -89,16 +88,14 @@ class Batch:
 
     # ------------------------------------------------------------------ the rule
 
-    def plan(self, num_places_held: int, has_moves: Callable[[], bool]) -> list[Chunk]:
+    def plan(self, num_places_held: int) -> list[Chunk]:
         """The next step; empty if nothing can run.
 
         ``num_places_held``: of ``max_num_seqs``, taken by requests that are frozen or coming in.
-        ``has_moves``: whether a request moves in or out.
         """
         while True:
             before = self.num_preemptions
-            num_decodes = sum(s.num_tokens - s.num_computed == 1 for s in self._running)
-            budget, part = self.limits.of(num_decodes, has_moves)
+            budget, part = self.limits.of(sum(s.num_tokens - s.num_computed == 1 for s in self._running))
             chunks = self._continue_running(budget, part)
             if self.num_preemptions == before:
                 budget -= sum(c.num_tokens for c in chunks)

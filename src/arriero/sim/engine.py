@@ -21,6 +21,7 @@ from arriero.sim.copier import BlockCopier, InlineCopier
 from arriero.sim.holdings import Holdings
 from arriero.sim.model import SimModel
 from arriero.sim.sequence import Job, Sequence, TokenOutput
+from arriero.sim.step_limits import StepLimits
 from arriero.sim.tokens import draw_state, pack_state, unpack_state
 
 
@@ -62,7 +63,6 @@ class SimEngine:
         self._copy_share = self._copy.copy_share
         self._model = SimModel(config, self.held.pool)
         self._step: PlannedStep | None = None
-        self.has_moves: Callable[[], bool] = lambda: False  #: whether a request moves in or out; its llumlet knows
 
     # ------------------------------------------------------------------ requests
 
@@ -88,6 +88,11 @@ class SimEngine:
         return self.held.drop(request_id)
 
     @property
+    def limits(self) -> StepLimits:
+        """Of its steps."""
+        return self.held.batch.limits
+
+    @property
     def has_requests(self) -> bool:
         """Whether a request waits, runs or is frozen."""
         return bool(self.held.live)
@@ -97,7 +102,7 @@ class SimEngine:
     def begin_step(self, now: float) -> PlannedStep | None:
         """Decide the next batch; None if nothing can run. Tokens appear with :meth:`finish_step`."""
         assert self._step is None, "the step in flight has not been finished"
-        chunks = self.held.batch.plan(self.held.num_places_held, self.has_moves)
+        chunks = self.held.batch.plan(self.held.num_places_held)
         if not chunks:
             return None
         for chunk in chunks:

@@ -9,7 +9,6 @@ are bit for bit those of single steps. A test holds both against :class:`arriero
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
 
@@ -47,10 +46,9 @@ class FastEngine:
         self.preempted: list[FastSequence] = []  #: since somebody emptied the list
         self.segment: Segment | None = None
         self.instance = instance
-        self.has_moves: Callable[[], bool] = lambda: False  #: whether a request moves in or out; its llumlet knows
         self._prefill_first = prefill_first
         self._numbers = 0
-        self._limits = StepLimits(config)
+        self.limits = StepLimits(config)
         self._model = config.step_time
         self._linear_ms = replace(config.step_time, c=0, d=0, e=0, host_ms=0, scale=1)
         self._linear: dict[int, float] = {}
@@ -231,8 +229,8 @@ class FastEngine:
         num_steps, size = len(segment.ends), self.block_size
         self.step_s = self.took_s(segment, num_steps)
         self.num_steps += num_steps
-        if self._limits.has_target:
-            self._limits.ended(segment.num_prompt_tokens, (self.took_s(segment, n + 1) for n in range(num_steps)))
+        if self.limits.has_target:
+            self.limits.ended(segment.num_prompt_tokens, (self.took_s(segment, n + 1) for n in range(num_steps)))
         heard: list[FastSequence] = []
         ended: list[FastSequence] = []
         for sequence, num_tokens in segment.chunks:
@@ -268,18 +266,16 @@ class FastEngine:
                 return chunks
         while True:
             before = self.num_preemptions
-            budget, part = self._step_limits()
+            budget, part = self.limits.of(self._num_decodes) if self.limits.has_target else self.limits.whole
             chunks = self._continue_running(budget, part)
             if self.num_preemptions == before and self.waiting and not self._prefill_first:
                 self._admit_waiting(chunks, budget - sum([n for _, n in chunks]))
             if chunks or self.num_preemptions == before:
                 return chunks
 
-    def _step_limits(self) -> tuple[int, int]:
-        if not self._limits.has_target:
-            return self._limits.whole
-        num_decodes = sum([s.num_prompt + s.num_output - s.num_computed == 1 for s in self.running])
-        return self._limits.of(num_decodes, self.has_moves)
+    @property
+    def _num_decodes(self) -> int:
+        return sum([s.num_prompt + s.num_output - s.num_computed == 1 for s in self.running])
 
     def _continue_running(self, budget: int, part: int) -> list[tuple[FastSequence, int]]:
         chunks: list[tuple[FastSequence, int]] = []

@@ -75,7 +75,7 @@ class SimInstance:
         self._copies: queue.SimpleQueue[tuple[MigrationId, Export | None, str | None]] = queue.SimpleQueue()
         self._engine = SimEngine(spec.engine, instance=spec.instance, copy=spec.copy, make_copier=self._make_copier)
         self._llumlet = Llumlet(self._engine, spec.migration)
-        self._engine.has_moves = lambda: self._llumlet.has_moves
+        self._engine.limits.has_moves = lambda: not self._llumlet.is_idle
         self._dirty = True  # something changed since the last snapshot
         self._pushed_s = 0.0
         self._stopping = False

@@ -15,11 +15,12 @@ class StepLimits:
     def __init__(self, config: SimEngineConfig) -> None:
         self.has_target = config.itl_target_s > 0
         self.whole = config.max_num_batched_tokens, config.max_num_batched_tokens
-        self._budget = StepBudget(StepConfig(itl_target_s=config.itl_target_s))
+        self.has_moves: Callable[[], bool] = lambda: False  #: whether a request moves in or out; a llumlet knows
+        self._budget = StepBudget(StepConfig(itl_target_s=config.itl_target_s), lambda: self.has_moves())
 
-    def of(self, num_decodes: int, has_moves: Callable[[], bool]) -> tuple[int, int]:
+    def of(self, num_decodes: int) -> tuple[int, int]:
         """Tokens of the next step, and the most of them of a request that does not decode."""
-        prompt_tokens = self._budget.prompt_tokens(is_awaited=num_decodes > 0 or has_moves())
+        prompt_tokens = self._budget.prompt_tokens(num_decodes)
         if prompt_tokens is None:
             return self.whole
         return min(self.whole[0], num_decodes + prompt_tokens), prompt_tokens

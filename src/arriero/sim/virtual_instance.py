@@ -82,7 +82,7 @@ class VirtualInstance:
         )
         self._migration = migration
         self.llumlet = Llumlet(self.port, migration)
-        engine.has_moves = lambda: self.llumlet.has_moves
+        engine.limits.has_moves = lambda: not self.llumlet.is_idle
 
     # ------------------------------------------------------------------ input
 

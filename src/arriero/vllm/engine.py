@@ -241,7 +241,7 @@ class ArrieroEngineCore(EngineCoreProc):
     def has_moves(self) -> bool:
         """Whether a request moves to this instance or away."""
         assert self._llumlet is not None
-        return self._llumlet.has_moves
+        return not self._llumlet.is_idle
 
     def arriero_check(self) -> dict[str, Any]:
         """Check the books and say what is held, for tests and leak hunts."""

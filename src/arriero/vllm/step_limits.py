@@ -24,10 +24,9 @@ class StepLimits:
     ) -> None:
         """``has_moves``: whether a request moves to this instance or away."""
         self._scheduler = scheduler
-        self._has_moves = has_moves
         self._schedule = scheduler.schedule
         self._update = scheduler.update_from_output
-        self._budget = StepBudget(config)
+        self._budget = StepBudget(config, has_moves)
         self._clock = clock
         self._scheduled: deque[tuple[Any, float]] = deque()  # steps under way, and when each was put together
         self._updated_s = 0.0
@@ -37,7 +36,7 @@ class StepLimits:
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As the scheduler's."""
         num_decodes = self._num_decodes()
-        limit = self._budget.prompt_tokens(is_awaited=num_decodes > 0 or self._has_moves())
+        limit = self._budget.prompt_tokens(num_decodes)
         with nullcontext() if limit is None else self._bounds(num_decodes, limit):
             planned = self._schedule(*args, **kwargs)
         self._scheduled.append((planned, self._clock()))
