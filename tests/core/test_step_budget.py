@@ -22,9 +22,16 @@ def told(config: StepConfig, *seen: tuple[int, float], has_moves: bool = False) 
     return budget
 
 
-@given(steps)
-def test_where_nobody_waits_prompts_take_the_whole_step(seen: list[tuple[int, float]]) -> None:
-    assert told(StepConfig(), *seen).prompt_tokens(0) is None
+@given(steps, st.floats(0.01, 3.0))
+def test_where_nobody_waits_prompts_may_take_longer(seen: list[tuple[int, float]], longer_s: float) -> None:
+    config = StepConfig(itl_target_s=0.2, prompt_step_s=longer_s)
+    alike = StepConfig(itl_target_s=max(0.2, longer_s))
+    assert told(config, *seen).prompt_tokens(0) == told(alike, *seen).prompt_tokens(4)
+
+
+def test_prompts_that_nobody_waits_for_get_a_second() -> None:
+    budget = told(StepConfig(), (0, 0.05), (100, 0.15))  # 50 ms of decodes, 1 ms a prompt token
+    assert budget.prompt_tokens(0) == pytest.approx(950, abs=1)
 
 
 @given(steps, st.integers(0, 64), st.booleans())
@@ -88,7 +95,8 @@ def test_a_model_that_slows_down_is_followed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("itl_target_s", -0.1), ("least_prompt_tokens", 0), ("itl_target_s", float("nan"))]
+    ("field", "value"),
+    [("itl_target_s", -0.1), ("itl_target_s", float("nan")), ("prompt_step_s", 0), ("least_prompt_tokens", 0)],
 )
 def test_bad_settings_are_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=field):

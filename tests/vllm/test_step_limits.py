@@ -112,11 +112,15 @@ def test_without_limits_the_prompt_is_one_step_that_keeps_the_stream_waiting() -
     assert engine.steps == [({"stream": 1, "long": 2000}, pytest.approx(2.049))]
 
 
-def test_a_prompt_that_nobody_waits_for_is_computed_at_once() -> None:
+def test_a_prompt_that_nobody_waits_for_is_computed_in_steps_of_a_second() -> None:
     engine = settled(limited(make_engine()))
     engine.scheduler.finish_requests(["stream"], 7)
     engine.add("long", 2000, 1)
-    assert engine.step() == {"long": 2000}
+    while "long" in engine.scheduler.requests:
+        engine.step()
+    *most, _ = [took for _, took in engine.steps]
+    assert most == pytest.approx([TARGET.prompt_step_s] * len(most), rel=0.15)
+    assert 1 <= len(most) <= 2
 
 
 def test_a_request_that_moves_does_not_wait_for_the_end_of_a_whole_prompt() -> None:
@@ -127,9 +131,9 @@ def test_a_request_that_moves_does_not_wait_for_the_end_of_a_whole_prompt() -> N
     engine.step()
     engine.has_moves = False
     engine.step()
-    part, rest = engine.steps
-    assert part[1] == pytest.approx(0.2, rel=0.15)
-    assert rest[0] == {"long": 2000 - part[0]["long"]}
+    part, more = engine.steps
+    assert part[1] == pytest.approx(TARGET.itl_target_s, rel=0.15)
+    assert more[1] == pytest.approx(TARGET.prompt_step_s, rel=0.15)
 
 
 def test_streams_that_stand_behind_a_prompt_come_along() -> None:

@@ -5,6 +5,9 @@ burst of prompts keeps every stream of the instance waiting for its next token f
 take. Prompts are computed in parts that fit into a target for the time between two tokens instead, and decodes go along
 with each part (stall-free batching: Sarathi-Serve, OSDI'24, section 4.2; there the budget is profiled beforehand, here
 the steps tell it). The same holds while a request moves in or out: each stage of its move waits for the end of a step.
+
+Where neither is so, a step still takes about a second at most: a request that arrives, or the first message of a move,
+waits for its end, and on a slow core thousands of prompt tokens take half a minute.
 """
 
 from __future__ import annotations
@@ -44,7 +47,9 @@ class StepBudget:
         Where decodes alone take more than half of the target, prompts get as much time as they do: nobody starves.
         """
         target_s = self._config.itl_target_s
-        if not target_s or self._prompt_s <= 0 or not (num_decodes or self._has_moves()):
+        if not target_s or self._prompt_s <= 0:
             return None
+        if not (num_decodes or self._has_moves()):
+            target_s = max(target_s, self._config.prompt_step_s)
         spare_s = max(target_s - self._decode_s, self._decode_s)
         return max(self._config.least_prompt_tokens, int(spare_s * self._prompt_tokens / self._prompt_s))
