@@ -37,8 +37,10 @@ class Request:
 class Engine:
     """What the calibration uses of vLLM's EngineCore; it has a prefix cache and a clock of its own."""
 
-    def __init__(self, *, is_async: bool = False) -> None:
+    def __init__(self, *, is_async: bool = False, slowness: float = 1.0) -> None:
         self.now = 0.0
+        self.slowness = slowness
+        self.num_prompt_tokens = 0
         self.batch_queue: list[list[Request]] | None = [] if is_async else None
         self.scheduler = SimpleNamespace(running=[], has_requests=lambda: bool(self.scheduler.running))
         self.peak_tokens = 0
@@ -69,7 +71,8 @@ class Engine:
         batch = [r for r in batch if r in running]
         prefills = [(len(r.prompt) - r.num_cached, r.num_cached) for r in batch if not r.num_output_tokens]
         decodes = [r.num_tokens for r in batch if r.num_output_tokens]
-        self.now += MODEL.step_ms(prefills, len(decodes), sum(decodes)) / 1e3
+        self.now += self.slowness * MODEL.step_ms(prefills, len(decodes), sum(decodes)) / 1e3
+        self.num_prompt_tokens += sum(new for new, _ in prefills)
         self.peak_tokens = max(self.peak_tokens, sum(r.num_tokens for r in running))
         return {0: SimpleNamespace(outputs=[self._advance(r) for r in batch])}, True
 
@@ -103,6 +106,19 @@ def test_the_engine_s_own_model_comes_out(is_async: bool) -> None:
 def test_a_chunk_knows_what_was_computed_before_it() -> None:
     points = [p for p in bench(Engine()).points() if p.prefills and p.prefills[0][1]]
     assert [p.prefills[0] for p in points] == list(CHUNKS)
+
+
+def test_what_takes_long_is_measured_once_and_comes_out_all_the_same() -> None:
+    quick, slow = Engine(), Engine(slowness=20.0)
+    points = [list(bench(engine).points()) for engine in (quick, slow)]
+    assert slow.num_prompt_tokens < 0.7 * quick.num_prompt_tokens
+    assert [p.ms for p in points[1]] == pytest.approx([20.0 * p.ms for p in points[0]], rel=0.01)
+
+
+def test_the_share_that_is_done_is_told() -> None:
+    told: list[float] = []
+    points = list(bench(Engine()).points(told.append))
+    assert told == pytest.approx([done / len(points) for done in range(1, len(points) + 1)])
 
 
 def test_a_small_engine_is_never_filled_up() -> None:

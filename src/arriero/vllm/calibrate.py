@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from vllm.platforms import current_platform
 
@@ -45,7 +47,8 @@ MIXED = ((4, 256, 64), (4, 256, 256), (8, 256, 128), (8, 256, 512), (16, 128, 64
 
 DECODE_STEPS = 9
 SETTLING_STEPS = 2  #: the first steps of a new batch build its state
-REPEATS = 3
+REPEATS = 3  #: of a prefill, unless one takes long: what disturbs it is small beside it
+LONG_S = 2.0  #: of a prefill's repeats together, from which there is no other
 MEMORY_SHARE = 0.9  #: of the KV memory, at most
 
 
@@ -86,23 +89,21 @@ class Bench:
         self._num_requests = 0
         self._last_s = 0.0
 
-    def points(self) -> Iterator[StepPoint]:
-        """Measure all that fits; each point is the median of some steps."""
-        fits = self._limits.fits
+    def points(self, progress: Callable[[float], None] = lambda share: None) -> Iterator[StepPoint]:
+        """Measure all that fits; each point is the median of some steps. ``progress`` is told the share done."""
+        fits, size = self._limits.fits, self._limits.block_size
         self._prefill(min(256, self._limits.max_num_batched_tokens // 2), 0)  # the first step of all is slow
-        for num_seqs, context in DECODES:
-            if fits(num_seqs, context):
-                yield self._decode(num_seqs, context)
-        for new in PREFILLS:
-            if fits(0, 0, new):
-                yield self._prefill(new, 0)
-        for new, before in CHUNKS:
-            before -= before % self._limits.block_size  # what a prefix cache holds are whole blocks
-            if before and fits(0, 0, before + new) and (point := self._prefill(new, before)).prefills[0][1] == before:
+        chunks = [(new, before - before % size) for new, before in CHUNKS]  # a prefix cache holds whole blocks
+        wanted: list[Callable[[], StepPoint | None]] = [
+            *(partial(self._decode, num, context) for num, context in DECODES if fits(num, context)),
+            *(partial(self._prefill, new, 0) for new in PREFILLS if fits(0, 0, new)),
+            *(partial(self._chunk, new, before) for new, before in chunks if before and fits(0, 0, before + new)),
+            *(partial(self._mixed, num, context, new) for num, context, new in MIXED if fits(num, context, new)),
+        ]
+        for done, measure in enumerate(wanted, start=1):
+            if point := measure():
                 yield point
-        for num_seqs, context, new in MIXED:
-            if fits(num_seqs, context, new):
-                yield self._mixed(num_seqs, context, new)
+            progress(done / len(wanted))
 
     # ------------------------------------------------------------------ kinds of steps
 
@@ -114,9 +115,15 @@ class Bench:
                 times.append(self._step()[0])
         return StepPoint((), num_seqs, int(median(tokens)), 1e3 * median(times))
 
+    def _chunk(self, new: int, before: int) -> StepPoint | None:
+        """None if there is no prefix cache that has what came before."""
+        point = self._prefill(new, before)
+        return point if point.prefills[0][1] == before else None
+
     def _prefill(self, new: int, before: int) -> StepPoint:
-        times, cached = [], 0
-        for _ in range(REPEATS):
+        times: list[float] = []
+        cached = 0
+        while self._repeats(times):
             prefix = self._tokens(before)
             if before:
                 self._run([self._add(prefix, 1)])
@@ -128,13 +135,18 @@ class Bench:
         return StepPoint(((new + before - cached, cached),), 0, 0, 1e3 * median(times))
 
     def _mixed(self, num_seqs: int, context: int, new: int) -> StepPoint:
-        times = []
-        for _ in range(REPEATS):
+        times: list[float] = []
+        while self._repeats(times):
             with self._decoding(num_seqs, context) as requests:
                 newcomer = self._add(self._tokens(new), 1)
                 tokens = sum(r.num_tokens for r in requests)
                 times.append(self._first_token(newcomer)[0])
         return StepPoint(((new, 0),), num_seqs, tokens, 1e3 * median(times))
+
+    @staticmethod
+    def _repeats(times: Sequence[float]) -> bool:
+        """Whether a prefill is measured once more."""
+        return len(times) < REPEATS and sum(times) < LONG_S
 
     # ------------------------------------------------------------------ requests and steps
 
@@ -212,7 +224,10 @@ def calibrate(args: argparse.Namespace, options: ServeOptions) -> tuple[Profile,
     try:
         limits = _limits(engine)
         started = time.monotonic()
-        points = list(Bench(engine, limits, vllm_config.model_config.get_vocab_size()).points())
+        bench = Bench(engine, limits, vllm_config.model_config.get_vocab_size())
+        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+            task = progress.add_task("measuring", total=1.0)
+            points = list(bench.points(lambda share: progress.update(task, completed=share)))
         seconds = time.monotonic() - started
         model, errors = fit_step_time(points)
         cache = engine.scheduler.kv_cache_config
