@@ -13,7 +13,7 @@ from arriero.bench.race import Plan, common_seeds, kept_samples, preemptions, su
 from arriero.bench.systems import ARRIERO, GROUPS, SYSTEMS, VLLM_DP
 from arriero.core.errors import ArrieroError
 
-PLAN = Plan(requests=50, rate=2.0, cv=4.0, longest=300, engines=2, flags=["--x"], arriero_flags=[])
+PLAN = Plan(requests=50, rate=2.0, cv=4.0, longest=300, scale=1.0, engines=2, flags=["--x"], arriero_flags=[])
 
 
 def request(ttft_s: float = 1.0, silence_s: float = 1.0) -> dict[str, float]:
@@ -32,6 +32,13 @@ def test_every_seed_has_the_plan_s_rate_and_lengths_and_its_own_arrivals() -> No
         assert len(workload.arrivals) == 50
         assert workload.arrivals[-1].arrival_s == pytest.approx(49 / 2.0)
         assert all(1 <= a.prompt_tokens <= 300 and 1 <= a.output_tokens <= 300 for a in workload.arrivals)
+
+
+def test_lengths_can_be_scaled() -> None:
+    whole, small = workload_of(PLAN, 1), workload_of(replace(PLAN, scale=0.1), 1)
+    for a, b in zip(whole.arrivals, small.arrivals, strict=True):
+        assert b.prompt_tokens == max(1, round(0.1 * a.prompt_tokens))
+        assert (b.arrival_s, b.output_tokens) == (a.arrival_s, max(1, round(0.1 * a.output_tokens)))
 
 
 def test_every_system_belongs_to_one_group() -> None:

@@ -62,9 +62,10 @@ def test_a_move_waits_no_longer_for_a_step_than_a_stream(seen: list[tuple[int, f
     assert told(StepConfig(), *seen, has_moves=True).prompt_tokens(0) == told(StepConfig(), *seen).prompt_tokens(4)
 
 
-def test_where_decodes_take_most_of_the_target_prompts_take_as_long_as_they() -> None:
-    budget = told(StepConfig(itl_target_s=0.2), (0, 0.3), (100, 0.4))
-    assert budget.prompt_tokens(4) == pytest.approx(300, abs=1)
+def test_where_decodes_take_most_of_the_target_prompts_take_a_multiple_of_their_time() -> None:
+    for ratio in (1.0, 3.0):
+        budget = told(StepConfig(itl_target_s=0.2, prompts_to_decodes=ratio), (0, 0.3), (100, 0.4))
+        assert budget.prompt_tokens(4) == pytest.approx(300 * ratio, abs=1)
 
 
 @given(st.floats(0.002, 0.09), st.floats(1e-4, 3e-3), st.floats(0.1, 0.5))
@@ -76,13 +77,13 @@ def test_steps_that_follow_the_budget_take_the_target(decode_s: float, token_s: 
         assert limit is not None
         took = decode_s + limit * token_s
         budget.step_ended(limit, took)
-    aim_s = max(target_s, 2 * decode_s)
+    aim_s = max(target_s, (1 + StepConfig().prompts_to_decodes) * decode_s)
     assert aim_s - 2 * token_s - 1e-3 <= took
     assert took <= max(aim_s, decode_s + StepConfig().least_prompt_tokens * token_s) + 1e-3
 
 
 def test_a_model_that_slows_down_is_followed() -> None:
-    budget = told(StepConfig(), (0, 0.05), *[(100, 0.1)] * 50)
+    budget = told(StepConfig(prompts_to_decodes=1), (0, 0.05), *[(100, 0.1)] * 50)
     before = budget.prompt_tokens(4)
     for _ in range(100):
         budget.step_ended(0, 0.1)
@@ -96,7 +97,13 @@ def test_a_model_that_slows_down_is_followed() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("itl_target_s", -0.1), ("itl_target_s", float("nan")), ("prompt_step_s", 0), ("least_prompt_tokens", 0)],
+    [
+        ("itl_target_s", -0.1),
+        ("itl_target_s", float("nan")),
+        ("prompts_to_decodes", 0),
+        ("prompt_step_s", 0),
+        ("least_prompt_tokens", 0),
+    ],
 )
 def test_bad_settings_are_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=field):

@@ -2,7 +2,8 @@
 
 Lengths of the class M-M (Llumnix, OSDI'24), cut so that small engines hold them, arrive in bursts (Gamma gaps) and open
 loop: nobody waits for the server. Every system of `systems.py` answers the same arrivals of each seed, one system at a
-time, in an order that turns from round to round; prompts are new to each, so no prefix cache helps. Seeds can be run in
+time, in an order that turns from round to round; prompts are new to each, so no prefix cache helps. ``--scale`` makes
+all lengths and the memory smaller alike, where an engine takes seconds for a prompt of the class. Seeds can be run in
 parts: what `results/race.json` holds from earlier calls with the same plan is kept unless ``--fresh``.
 
 *Silence* is the longest time between two chunks in the stream of one request. A preemption *could have been avoided by
@@ -28,7 +29,7 @@ import httpx
 from arriero.bench import report
 from arriero.bench.calibration import calibrated, rate_of
 from arriero.bench.client import Client
-from arriero.bench.replay import Prompts, at_rate, capped, replay, spread
+from arriero.bench.replay import Prompts, at_rate, capped, replay, scaled, spread
 from arriero.bench.report import Target
 from arriero.bench.server import SERVED_NAME, add_server_options, common_flags, ended_by_signals, model_of, say
 from arriero.bench.systems import ARRIERO, GROUPS, SYSTEMS, Fleet, Running
@@ -53,7 +54,8 @@ class Plan:
     requests: int
     rate: float
     cv: float
-    longest: int  #: tokens of a prompt, and of an output
+    longest: int  #: tokens of a prompt, and of an output; before they are scaled
+    scale: float  #: of the lengths
     engines: int
     flags: Sequence[str]
     arriero_flags: Sequence[str]
@@ -62,14 +64,14 @@ class Plan:
 def workload_of(plan: Plan, seed: int) -> Workload:
     """The arrivals of ``seed``: the plan's rate on average, whatever the draw of gaps comes to."""
     workload = make_workload("M-M", num_requests=plan.requests, rate=plan.rate, cv=plan.cv, seed=seed)
-    return at_rate(capped(workload, plan.longest, plan.longest), plan.rate)
+    return at_rate(scaled(capped(workload, plan.longest, plan.longest), plan.scale), plan.rate)
 
 
 def rate_by_load(args: argparse.Namespace, flags: Sequence[str]) -> float:
     """The rate that is ``--load`` for this machine. Raises ArrieroError if it cannot be calibrated."""
     profile = calibrated(model_of(args), args.profile, flags, args.engines)
     whole = make_workload("M-M", num_requests=SAMPLE, rate=1)
-    arrivals = capped(whole, args.longest, args.longest).arrivals
+    arrivals = scaled(capped(whole, args.longest, args.longest), args.scale).arrivals
     rate = round(rate_of(args.load, arrivals, args.engines, profile.step_time), 2)
     say(f"a load of {args.load:g} is {rate:g} requests a second")
     return rate
@@ -94,10 +96,12 @@ class Watch:
             await asyncio.sleep(WATCH_S)
 
 
-async def measure(running: Running, name: str, arrivals: Sequence[Arrival], prompts: Prompts) -> Sample:
+async def measure(
+    running: Running, name: str, arrivals: Sequence[Arrival], prompts: Prompts, scale: float = 1.0
+) -> Sample:
     """One run of one system. Raises ArrieroError if an answer is not whole."""
     async with Client(running.url) as client:
-        await _warm_up(client, prompts)
+        await _warm_up(client, prompts, scale)
         before = running.total("vllm:num_preemptions_total")
         watch = Watch(client)
         task = asyncio.create_task(watch.run()) if name == ARRIERO else None
@@ -124,9 +128,9 @@ async def measure(running: Running, name: str, arrivals: Sequence[Arrival], prom
     return sample
 
 
-async def _warm_up(client: Client, prompts: Prompts) -> None:
+async def _warm_up(client: Client, prompts: Prompts, scale: float) -> None:
     """Long prompts and a batch before it counts."""
-    arrivals = [Arrival(0.1 * i, 900 if i % 4 == 1 else 60, 24) for i in range(8)]
+    arrivals = [Arrival(0.1 * i, round(scale * (900 if i % 4 == 1 else 60)), 24) for i in range(8)]
     await replay(client, SERVED_NAME, arrivals, prompts)
 
 
@@ -207,7 +211,7 @@ def run(
 
 def _take(plan: Plan, model: str, running: Running, name: str, seed: int) -> Sample:
     prompts = Prompts(model, random.Random(f"{seed} {name}"))
-    sample = asyncio.run(measure(running, name, workload_of(plan, seed).arrivals, prompts))
+    sample = asyncio.run(measure(running, name, workload_of(plan, seed).arrivals, prompts, plan.scale))
     say(f"seed {seed}, {name}: {_brief_line(sample)}")
     return sample | {"seed": seed, "commit": report.environment()["commit"], "run": running.describe()}
 
@@ -326,11 +330,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--per-start", type=int, default=1, help="seeds between two starts (default: %(default)s)")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="(default: all)")
     parser.add_argument("--requests", type=int, default=120, help="of a seed (default: %(default)s)")
-    parser.add_argument("--load", type=float, default=0.8, help="of what the engines can do (default: %(default)s)")
+    parser.add_argument("--load", type=float, default=1.0, help="of what the engines can do (default: %(default)s)")
     parser.add_argument("--rate", type=float, help="requests a second (default: by --load)")
     parser.add_argument("--profile", type=Path, default=Path("results") / "profile.json", help="measured if absent")
     parser.add_argument("--cv", type=float, default=4.0, help="of the gaps (default: %(default)s)")
     parser.add_argument("--longest", type=int, default=1200, help="prompt, and output (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, help="of lengths and memory (default: %(default)s)")
     parser.add_argument("--engines", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="drop what results/race.json holds")
     parser.add_argument("--arriero-flag", action="append", default=[], metavar="FLAG", help="for `arriero serve` alone")
@@ -341,13 +346,16 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; 0 whether the targets are met or not."""
     args = _parser().parse_args(argv)
-    flags = [flag for flag in common_flags(args)]
+    args.max_model_len = round(args.scale * args.max_model_len)
+    args.kv_cache_memory_bytes = round(args.scale * args.kv_cache_memory_bytes)
+    flags = common_flags(args)
     try:
         plan = Plan(
             requests=args.requests,
             rate=args.rate or rate_by_load(args, flags),
             cv=args.cv,
             longest=args.longest,
+            scale=args.scale,
             engines=args.engines,
             flags=flags,
             arriero_flags=args.arriero_flag,

@@ -122,6 +122,16 @@ def capped(workload: Workload, longest_prompt: int, longest_output: int) -> Work
     return Workload(workload.name, [cut(a) for a in workload.arrivals])
 
 
+def scaled(workload: Workload, factor: float) -> Workload:
+    """Prompts and outputs of ``factor`` times as many tokens, at least one."""
+
+    def size(a: Arrival) -> Arrival:
+        prompt, output = (max(1, round(factor * tokens)) for tokens in (a.prompt_tokens, a.output_tokens))
+        return replace(a, prompt_tokens=prompt, output_tokens=output)
+
+    return Workload(workload.name, [size(a) for a in workload.arrivals])
+
+
 def at_rate(workload: Workload, rate: float) -> Workload:
     """The same pattern of arrivals from time 0 on, stretched to ``rate`` requests a second on average."""
     times = [a.arrival_s - workload.arrivals[0].arrival_s for a in workload.arrivals]

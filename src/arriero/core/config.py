@@ -66,11 +66,13 @@ class StepConfig:
     """How an instance's prompts share its steps with its decodes."""
 
     itl_target_s: float = 0.2  #: between two tokens of a stream (five a second: as fast as people read); 0: none
+    prompts_to_decodes: float = 3.0  #: time that prompts get of a step at least, as a multiple of what decodes take
     prompt_step_s: float = 1.0  #: of a step that nobody is known to wait for: who arrives in it waits for its end
     least_prompt_tokens: int = 32  #: of a step, whatever they take
 
     def __post_init__(self) -> None:
         _require(self.itl_target_s >= 0, "itl_target_s", self.itl_target_s, "0 or more seconds")
+        _require(self.prompts_to_decodes > 0, "prompts_to_decodes", self.prompts_to_decodes, "more than 0")
         _require(self.prompt_step_s > 0, "prompt_step_s", self.prompt_step_s, "more than 0 seconds")
         _require(self.least_prompt_tokens >= 1, "least_prompt_tokens", self.least_prompt_tokens, "1 or more")
 

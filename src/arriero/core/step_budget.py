@@ -44,12 +44,12 @@ class StepBudget:
     def prompt_tokens(self, num_decodes: int) -> int | None:
         """The most prompt tokens for a step in which ``num_decodes`` requests decode; None: what the engine takes.
 
-        Where decodes alone take more than half of the target, prompts get as much time as they do: nobody starves.
+        Where decodes alone take much of the target, prompts get a multiple of their time all the same: nobody starves.
         """
         target_s = self._config.itl_target_s
         if not target_s or self._prompt_s <= 0:
             return None
         if not (num_decodes or self._has_moves()):
             target_s = max(target_s, self._config.prompt_step_s)
-        spare_s = max(target_s - self._decode_s, self._decode_s)
+        spare_s = max(target_s - self._decode_s, self._config.prompts_to_decodes * self._decode_s)
         return max(self._config.least_prompt_tokens, int(spare_s * self._prompt_tokens / self._prompt_s))
