@@ -330,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--per-start", type=int, default=1, help="seeds between two starts (default: %(default)s)")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="(default: all)")
     parser.add_argument("--requests", type=int, default=120, help="of a seed (default: %(default)s)")
-    parser.add_argument("--load", type=float, default=1.0, help="of what the engines can do (default: %(default)s)")
+    parser.add_argument("--load", type=float, default=0.9, help="of what the engines can do (default: %(default)s)")
     parser.add_argument("--rate", type=float, help="requests a second (default: by --load)")
     parser.add_argument("--profile", type=Path, default=Path("results") / "profile.json", help="measured if absent")
     parser.add_argument("--cv", type=float, default=4.0, help="of the gaps (default: %(default)s)")
