@@ -80,7 +80,7 @@ peers: .cache/peers/bin/vllm-router ## Install what benchmarks compare with into
 	.cache/peers/bin/pip install -r requirements/peers.txt
 	touch $@
 
-bench-race: setup model peers ## Race arriero against what others use today, on real engines: half an hour (ARGS=...)
+bench-race: setup model peers ## Race arriero against what others use today, on real engines: hours on slow cores (ARGS=...)
 	$(BIN)/python -m arriero.bench.race $(ARGS)
 
 bench-fidelity: setup model ## Compare the simulator with two real engines on a trace (ARGS=...)

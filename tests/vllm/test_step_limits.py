@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -11,68 +10,12 @@ from arriero.core.config import StepConfig
 
 pytest.importorskip("vllm")
 
-import torch
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.sampling_params import SamplingParams
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
-from vllm.v1.structured_output import StructuredOutputManager
+from scheduled import Engine, make_engine
 
-from arriero.model.bundled import ensure_bundled_model
 from arriero.vllm.step_limits import StepLimits, limit_steps
 
-BLOCK = 16
-DECODE_S, PROMPT_S = 0.05, 0.001  # a step, and each prompt token more
 TARGET = StepConfig(itl_target_s=0.2)
 EARLY = 3  #: prompts until the model of a step is right
-
-
-@dataclass
-class Engine:
-    """What `limit_steps` knows of an engine, and a worker that takes its time."""
-
-    scheduler: Any
-    vllm_config: Any
-    now_s: float = 0.0
-    has_moves: bool = False
-    steps: list[tuple[dict[str, int], float]] = field(default_factory=list)  #: tokens of each request, seconds
-
-    def add(self, name: str, num_tokens: int, max_tokens: int) -> None:
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        self.scheduler.add_request(Request(name, list(range(num_tokens)), params, None))
-
-    def step(self) -> dict[str, int]:
-        """Plan, compute, take in; returns the tokens of each request."""
-        planned = self.scheduler.schedule()
-        self.finish(planned)
-        return dict(planned.num_scheduled_tokens)
-
-    def finish(self, planned: Any) -> None:
-        tokens: dict[str, int] = planned.num_scheduled_tokens
-        took = DECODE_S + PROMPT_S * (sum(tokens.values()) - len(tokens)) if tokens else 0.0
-        self.now_s += took
-        self.steps.append((dict(tokens), took))
-        names = list(tokens)
-        done = [self.scheduler.requests[n].num_computed_tokens >= self.scheduler.requests[n].num_tokens for n in names]
-        sampled = [[7] if is_done else [] for is_done in done]
-        output = ModelRunnerOutput(names, {n: i for i, n in enumerate(names)}, sampled)
-        self.scheduler.update_from_output(planned, output)
-
-
-def make_engine(*, overlapping: bool = False, **flags: Any) -> Engine:
-    """An engine of the bundled model's configuration."""
-    flags = {"max_model_len": 8192, "max_num_batched_tokens": 4096, "max_num_seqs": 8, "block_size": BLOCK} | flags
-    config = AsyncEngineArgs(
-        model=str(ensure_bundled_model()), async_scheduling=overlapping, enable_prefix_caching=False, **flags
-    ).create_engine_config()
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
-    cache = KVCacheConfig(2000, [], [KVCacheGroupSpec(["layer"], spec)])
-    config.cache_config.num_gpu_blocks = 2000
-    kind = AsyncScheduler if overlapping else Scheduler
-    return Engine(kind(config, cache, StructuredOutputManager(config), BLOCK), config)
 
 
 def limited(engine: Engine, config: StepConfig = TARGET) -> Engine:

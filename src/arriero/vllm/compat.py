@@ -178,6 +178,7 @@ SYMBOLS: tuple[Symbol, ...] = (
             "schedule",
             "update_from_output",
             "_holds_kv_blocks",
+            "_preempt_request",
         ),
         assigned=(
             "adaptive_long_prefill_threshold",

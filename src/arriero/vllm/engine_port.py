@@ -53,7 +53,13 @@ class VllmEnginePort:
         self.block_size: int = self._scheduler.block_size
         self._rest: RestOfImport | None = None
         self.num_preemptions = 0
+        self._preempt = self._scheduler._preempt_request
+        self._scheduler._preempt_request = self._preempt_and_count
         self._immovable = copier.unsupported or self._unsupported_cache()
+
+    def _preempt_and_count(self, *args: Any, **kwargs: Any) -> None:
+        self.num_preemptions += 1
+        self._preempt(*args, **kwargs)
 
     def _unsupported_cache(self) -> str | None:
         groups = self._scheduler.kv_cache_config.kv_cache_groups
