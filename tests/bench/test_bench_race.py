@@ -41,6 +41,13 @@ def test_lengths_can_be_scaled() -> None:
         assert (b.arrival_s, b.output_tokens) == (a.arrival_s, max(1, round(0.1 * a.output_tokens)))
 
 
+@pytest.mark.parametrize("scale", ["0", "-1", "2", "nan"])
+def test_a_scale_that_makes_no_race_is_refused(scale: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        race.main(["--scale", scale])
+    assert f"--scale {scale}: it must be between" in capsys.readouterr().err
+
+
 def test_every_system_belongs_to_one_group() -> None:
     assert sorted(name for _, members in GROUPS.values() for name in members) == sorted(SYSTEMS)
 

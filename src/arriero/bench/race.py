@@ -64,14 +64,18 @@ class Plan:
 def workload_of(plan: Plan, seed: int) -> Workload:
     """The arrivals of ``seed``: the plan's rate on average, whatever the draw of gaps comes to."""
     workload = make_workload("M-M", num_requests=plan.requests, rate=plan.rate, cv=plan.cv, seed=seed)
-    return at_rate(scaled(capped(workload, plan.longest, plan.longest), plan.scale), plan.rate)
+    return at_rate(cut(workload, plan.longest, plan.scale), plan.rate)
+
+
+def cut(workload: Workload, longest: int, scale: float) -> Workload:
+    """For small engines: no prompt and no output longer than ``longest``, then all of them scaled."""
+    return scaled(capped(workload, longest, longest), scale)
 
 
 def rate_by_load(args: argparse.Namespace, flags: Sequence[str]) -> float:
     """The rate that is ``--load`` for this machine. Raises ArrieroError if it cannot be calibrated."""
     profile = calibrated(model_of(args), args.profile, flags, args.engines)
-    whole = make_workload("M-M", num_requests=SAMPLE, rate=1)
-    arrivals = scaled(capped(whole, args.longest, args.longest), args.scale).arrivals
+    arrivals = cut(make_workload("M-M", num_requests=SAMPLE, rate=1), args.longest, args.scale).arrivals
     rate = round(rate_of(args.load, arrivals, args.engines, profile.step_time), 2)
     say(f"a load of {args.load:g} is {rate:g} requests a second")
     return rate
@@ -96,9 +100,7 @@ class Watch:
             await asyncio.sleep(WATCH_S)
 
 
-async def measure(
-    running: Running, name: str, arrivals: Sequence[Arrival], prompts: Prompts, scale: float = 1.0
-) -> Sample:
+async def measure(running: Running, name: str, arrivals: Sequence[Arrival], prompts: Prompts, scale: float) -> Sample:
     """One run of one system. Raises ArrieroError if an answer is not whole."""
     async with Client(running.url) as client:
         await _warm_up(client, prompts, scale)
@@ -345,7 +347,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; 0 whether the targets are met or not."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if not 0.1 <= args.scale <= 1:
+        parser.error(f"--scale {args.scale:g}: it must be between 0.1 (shorter prompts say nothing) and 1")
     args.max_model_len = round(args.scale * args.max_model_len)
     args.kv_cache_memory_bytes = round(args.scale * args.kv_cache_memory_bytes)
     flags = common_flags(args)
