@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from arriero.bench import race
-from arriero.bench.race import Plan, common_seeds, kept_samples, preemptions, summarise, targets_of, workload_of
+from arriero.bench.inside import preemptions
+from arriero.bench.race import Plan, common_seeds, kept_samples, least_stalled, summarise, targets_of, workload_of
 from arriero.bench.systems import ARRIERO, GROUPS, SYSTEMS, VLLM_DP
 from arriero.core.errors import ArrieroError
 
@@ -22,6 +23,7 @@ def request(ttft_s: float = 1.0, silence_s: float = 1.0) -> dict[str, float]:
 
 def sample(system: str, seed: int, *requests: dict[str, float], **fields: Any) -> dict[str, Any]:
     sample = {"system": system, "seed": seed, "requests": list(requests), "num_preemptions": 0, "duration_s": 10.0}
+    sample["machine_stalled_s"] = 0.0
     return sample | fields
 
 
@@ -72,6 +74,19 @@ def test_only_seeds_that_all_systems_have_run_are_compared() -> None:
 def test_targets_are_measured_against_the_best_of_the_others(ours: dict[str, Any], met: list[bool]) -> None:
     others = [sample(VLLM_DP, 1, request(4.0, 3.0)), sample(SYSTEMS[1], 1, request(8.0, 2.0))]
     assert [t.met for t in targets_of(summarise([ours, *others]))] == met
+
+
+@pytest.mark.parametrize(
+    ("stalled_s", "taken", "tries"),
+    [([0.9, 0.0], 0.9, 1), ([30.0, 0.5, 0.0], 0.5, 2), ([30.0, 5.0, 7.0, 0.0], 5.0, 3)],
+)
+def test_a_run_in_which_the_client_was_held_up_is_repeated(
+    stalled_s: list[float], taken: float, tries: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = least_stalled(lambda number: sample(VLLM_DP, 1, request(), machine_stalled_s=stalled_s[number]))
+    assert (found["machine_stalled_s"], found["tries"]) == (taken, tries)
+    assert capsys.readouterr().err.count("does not count") == sum(s > 1 for s in stalled_s[:tries])
+    assert summarise([found])[0]["stalled_s"] == taken
 
 
 def test_without_another_system_nothing_is_claimed() -> None:

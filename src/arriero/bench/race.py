@@ -4,31 +4,29 @@ Lengths of the class M-M (Llumnix, OSDI'24), cut so that small engines hold them
 loop: nobody waits for the server. Every system of `systems.py` answers the same arrivals of each seed, one system at a
 time, in an order that turns from round to round; prompts are new to each, so no prefix cache helps. ``--scale`` makes
 all lengths and the memory smaller alike, where an engine takes seconds for a prompt of the class. Seeds can be run in
-parts: what `results/race.json` holds from earlier calls with the same plan is kept unless ``--fresh``.
+parts: what `results/race.json` holds from earlier calls with the same plan is kept unless ``--fresh``. A run in which
+the machine held up the client is repeated.
 
-*Silence* is the longest time between two chunks in the stream of one request. A preemption *could have been avoided by
-a move* if, in the last look before it, another instance had room for the smallest request that ran beside the victim.
+*Silence* is the longest time between two chunks in the stream of one request.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import httpx
-
 from arriero.bench import report
 from arriero.bench.calibration import calibrated, rate_of
 from arriero.bench.client import Client
+from arriero.bench.inside import Watch, seen_inside
 from arriero.bench.replay import Prompts, at_rate, capped, replay, scaled, spread
 from arriero.bench.report import Target
 from arriero.bench.server import SERVED_NAME, add_server_options, common_flags, ended_by_signals, model_of, say
@@ -38,7 +36,8 @@ from arriero.workload.workload import Arrival, Workload, make_workload
 
 MIN_GAIN = 4.0  #: of the tails, over the best of the others
 MIN_THROUGHPUT = 1.0  #: over the best of the others
-WATCH_S = 0.25
+MAX_STALLED_S = 1.0  #: for which the machine may hold up the client in a run that counts
+MAX_TRIES = 3
 SAMPLE = 2000  #: requests that tell how much work one is
 FIGURES = ("ttft_s", "tpot_s", "silence_s", "e2e_s")
 RESULT = Path("results") / "race.json"
@@ -84,22 +83,6 @@ def rate_by_load(args: argparse.Namespace, flags: Sequence[str]) -> float:
 # ---------------------------------------------------------------------- measuring
 
 
-class Watch:
-    """Looks at the instances and requests of arriero while it runs."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self.looks: list[dict[str, Any]] = []
-
-    async def run(self) -> None:
-        """Until cancelled."""
-        while True:
-            instances = await self._client.get("/instances")
-            requests = await self._client.get("/requests")
-            self.looks.append({"time_s": perf_counter(), "instances": instances, "requests": requests})
-            await asyncio.sleep(WATCH_S)
-
-
 async def measure(running: Running, name: str, arrivals: Sequence[Arrival], prompts: Prompts, scale: float) -> Sample:
     """One run of one system. Raises ArrieroError if an answer is not whole."""
     async with Client(running.url) as client:
@@ -136,55 +119,6 @@ async def _warm_up(client: Client, prompts: Prompts, scale: float) -> None:
     await replay(client, SERVED_NAME, arrivals, prompts)
 
 
-def seen_inside(looks: Sequence[dict[str, Any]], started_s: float, url: str) -> Sample:
-    """What only arriero can tell: moves, and which preemptions another instance had room to avoid."""
-    events = httpx.get(url + "/events", params={"limit": 1000}, timeout=30.0).json()
-    moves = [e for e in events if e["event"] == "migration" and e["time_s"] >= started_s]
-    return {
-        "num_moves": sum(bool(m["ok"]) for m in moves),
-        "moves": moves,
-        "preemptions": [{**p, "time_s": p["time_s"] - started_s} for p in preemptions(looks)],
-        "looks": [
-            {"time_s": round(look["time_s"] - started_s, 3), "instances": [_brief(i) for i in look["instances"]]}
-            for look in looks
-        ],
-    }
-
-
-def _brief(instance: dict[str, Any]) -> dict[str, Any]:
-    return {k: instance[k] for k in ("id", "running", "waiting", "blocks_used", "preemptions")}
-
-
-def preemptions(looks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each rise of an instance's count of preemptions, and whether a move could have avoided it."""
-    found = []
-    for before, after in itertools.pairwise(looks):
-        old = {i["id"]: i for i in before["instances"]}
-        for instance in after["instances"]:
-            rise = instance["preemptions"] - old.get(instance["id"], instance)["preemptions"]
-            if rise > 0:
-                found.append(
-                    {
-                        "time_s": before["time_s"],
-                        "instance": instance["id"],
-                        "count": rise,
-                        "avoidable": _had_room(before, instance["id"]),
-                    }
-                )
-    return found
-
-
-def _had_room(look: dict[str, Any], instance: int) -> bool:
-    sizes = [
-        -(-(r["prompt_tokens"] + r["output_tokens"] + 1) // i["block_size"])
-        for r in look["requests"]
-        for i in look["instances"]
-        if r["instance"] == i["id"] == instance and r["output_tokens"]
-    ]
-    free = [i["blocks_total"] - i["blocks_used"] for i in look["instances"] if i["id"] != instance]
-    return bool(sizes) and max(free, default=0) > min(sizes)
-
-
 def run(
     plan: Plan, fleet: Fleet, rounds: Sequence[Sequence[int]], systems: Sequence[str], kept: list[Sample]
 ) -> list[Sample]:
@@ -212,10 +146,30 @@ def run(
 
 
 def _take(plan: Plan, model: str, running: Running, name: str, seed: int) -> Sample:
-    prompts = Prompts(model, random.Random(f"{seed} {name}"))
-    sample = asyncio.run(measure(running, name, workload_of(plan, seed).arrivals, prompts, plan.scale))
-    say(f"seed {seed}, {name}: {_brief_line(sample)}")
+    arrivals = workload_of(plan, seed).arrivals
+
+    def once(number: int) -> Sample:
+        prompts = Prompts(model, random.Random(f"{seed} {name} {number}"))
+        sample = asyncio.run(measure(running, name, arrivals, prompts, plan.scale))
+        say(f"seed {seed}, {name}: {_brief_line(sample)}")
+        return sample
+
+    sample = least_stalled(once)
     return sample | {"seed": seed, "commit": report.environment()["commit"], "run": running.describe()}
+
+
+def least_stalled(once: Callable[[int], Sample]) -> Sample:
+    """The first run, of a few, in which the machine did not hold up the client; else the one with the least of it.
+
+    A client that sends late and reads late measures itself. ``once`` is given the number of the try.
+    """
+    tried: list[Sample] = []
+    for number in range(MAX_TRIES):
+        tried.append(once(number))
+        if tried[-1]["machine_stalled_s"] <= MAX_STALLED_S:
+            break
+        say(f"the machine held up the client for {tried[-1]['machine_stalled_s']:.1f} s: this run does not count")
+    return min(tried, key=lambda s: s["machine_stalled_s"]) | {"tries": len(tried)}
 
 
 def _brief_line(sample: Sample) -> str:
@@ -247,6 +201,7 @@ def summarise(samples: Sequence[Sample]) -> list[dict[str, Any]]:
                 "num_preemptions": sum(s["num_preemptions"] for s in here),
                 "num_avoidable": sum(p["count"] for s in here for p in s.get("preemptions", ()) if p["avoidable"]),
                 "num_moves": sum(s.get("num_moves", 0) for s in here),
+                "stalled_s": sum(s["machine_stalled_s"] for s in here),
                 "tokens_per_s": sum(r["output_tokens"] for r in requests) / seconds if seconds else 0.0,
             }
         )
@@ -296,6 +251,7 @@ def table(summary: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "preempted": int(row["num_preemptions"]),
             "moves": row["num_moves"],
             "tokens_/s": row["tokens_per_s"],
+            "stalled_s": row["stalled_s"],
         }
         for row in summary
     ]
