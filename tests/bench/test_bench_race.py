@@ -85,7 +85,11 @@ def test_a_run_in_which_the_client_was_held_up_is_repeated(
 ) -> None:
     found = least_stalled(lambda number: sample(VLLM_DP, 1, request(), machine_stalled_s=stalled_s[number]))
     assert (found["machine_stalled_s"], found["tries"]) == (taken, tries)
-    assert capsys.readouterr().err.count("does not count") == sum(s > 1 for s in stalled_s[:tries])
+    said = capsys.readouterr().err
+    assert (said.count("once more"), "the least of it is taken" in said) == (
+        min(sum(s > 1 for s in stalled_s), 2),
+        taken > 1,
+    )
     assert summarise([found])[0]["stalled_s"] == taken
 
 
