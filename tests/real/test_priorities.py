@@ -64,8 +64,10 @@ async def test_streams_go_on_while_a_long_prompt_is_computed_beside_them(engines
 async def test_an_urgent_request_starts_before_those_that_came_first(engines: Engines) -> None:
     """Two engines with two places each are full; two normal requests wait; then comes an urgent one."""
     started: list[str] = []
-    # Long enough that none has ended before the last has begun, even if one engine's first step takes seconds.
-    running = [asyncio.create_task(generate(engines, f"running-{i}", 0, started, 400 + i)) for i in range(4)]
+    # Long enough that none has ended before the last has begun, even if one engine's first step takes seconds. One place
+    # becomes free long before the others: with two at once it is chance whose prompt is computed first.
+    lengths = [400, 500, 501, 502]
+    running = [asyncio.create_task(generate(engines, f"running-{i}", 0, started, n)) for i, n in enumerate(lengths)]
     while len(started) < 4:
         await asyncio.sleep(0.01)
     waiting = [asyncio.create_task(generate(engines, f"waiting-{i}", 0, started, 20)) for i in range(2)]
@@ -75,7 +77,7 @@ async def test_an_urgent_request_starts_before_those_that_came_first(engines: En
     while len(engines.cluster.requests) < 7:
         await asyncio.sleep(0.01)
     assert not any(task.done() for task in running)
-    assert await asyncio.gather(*running, *waiting, urgent) == [400, 401, 402, 403, 20, 20, 20]
+    assert await asyncio.gather(*running, *waiting, urgent) == [*lengths, 20, 20, 20]
     assert started[4] == "urgent"
     (explained,) = engines.cluster.explain("urgent")
     steps = [s["event"] for s in explained["steps"] if s["event"] != "migration"]  # it may move once others have ended
