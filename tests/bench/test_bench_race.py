@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from arriero.bench.inside import preemptions
 from arriero.bench.race import Plan, common_seeds, kept_samples, least_stalled, summarise, targets_of, workload_of
 from arriero.bench.systems import ARRIERO, GROUPS, SYSTEMS, VLLM_DP
 from arriero.core.errors import ArrieroError
+from arriero.sim.profiles import load_profile, write_profile
 
 PLAN = Plan(requests=50, rate=2.0, cv=4.0, longest=300, scale=1.0, engines=2, flags=["--x"], arriero_flags=[])
 
@@ -129,3 +131,32 @@ def test_parts_are_merged_if_they_are_of_one_plan(tmp_path: Path, monkeypatch: p
     assert [s["seed"] for s in kept_samples(PLAN)] == [1]
     with pytest.raises(ArrieroError, match="another plan"):
         kept_samples(replace(PLAN, rate=3.0))
+
+
+def test_the_race_can_be_simulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With ten times the memory nobody is preempted, and no server is started."""
+    monkeypatch.chdir(tmp_path)
+    write_profile(replace(load_profile("cpu-smollm2"), block_size=32), Path("profile.json"))
+    given = ["--simulate", "--model", "some", "--profile", "profile.json", "--seeds", "1", "2", "--requests", "60"]
+    assert race.main([*given, "--load", "1.2"]) == 0
+    assert "simulated" in capsys.readouterr().out
+    rows = json.loads(Path("results/race_simulated.json").read_text())["samples"]
+    assert {row["requests"] for row in rows} == {120}
+    scarce = {row["system"]: row for row in rows if row["memory"] == 1}
+    ample = {row["system"]: row for row in rows if row["memory"] == 10}
+    assert scarce["power_of_two"]["num_preemptions"] > scarce["arriero"]["num_preemptions"]
+    assert scarce["arriero"]["num_moves"] > 0
+    assert all(row["num_preemptions"] == 0 for row in ample.values())
+    assert ample["power_of_two"]["ttft_s"]["p99"] < scarce["power_of_two"]["ttft_s"]["p99"]
+
+
+def test_a_simulated_race_wants_memory_for_a_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_profile(load_profile("cpu-smollm2"), Path("profile.json"))
+    given = ["--simulate", "--model", "some", "--profile", "profile.json", "--kv-cache-memory-bytes", "1000"]
+    assert race.main(given) == 1
+    assert "--kv-cache-memory-bytes 1000: too few for a block" in capsys.readouterr().err

@@ -64,8 +64,8 @@ async def test_streams_go_on_while_a_long_prompt_is_computed_beside_them(engines
 async def test_an_urgent_request_starts_before_those_that_came_first(engines: Engines) -> None:
     """Two engines with two places each are full; two normal requests wait; then comes an urgent one."""
     started: list[str] = []
-    # Long enough that none has ended before the last has begun, even if one engine's first step takes seconds. One place
-    # becomes free long before the others: with two at once it is chance whose prompt is computed first.
+    # Long enough that none has ended before the last has begun, even if one engine's first step takes seconds. One
+    # place becomes free long before the others: with two at once it is chance whose prompt is computed first.
     lengths = [400, 500, 501, 502]
     running = [asyncio.create_task(generate(engines, f"running-{i}", 0, started, n)) for i, n in enumerate(lengths)]
     while len(started) < 4:

@@ -23,13 +23,21 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from arriero.bench import report
+from arriero.bench import race_simulated, report
 from arriero.bench.calibration import calibrated, rate_of
 from arriero.bench.client import Client
 from arriero.bench.inside import Watch, seen_inside
 from arriero.bench.replay import Prompts, at_rate, capped, replay, scaled, spread
 from arriero.bench.report import Target
-from arriero.bench.server import SERVED_NAME, add_server_options, common_flags, ended_by_signals, model_of, say
+from arriero.bench.server import (
+    SERVED_NAME,
+    add_server_options,
+    common_flags,
+    ended_by_signals,
+    kv_bytes_of,
+    model_of,
+    say,
+)
 from arriero.bench.systems import ARRIERO, GROUPS, SYSTEMS, Fleet, Running
 from arriero.core.errors import ArrieroError
 from arriero.workload.workload import Arrival, Workload, make_workload
@@ -284,6 +292,33 @@ def write(plan: Plan, samples: Sequence[Sample]) -> None:
     report.write("race", samples, targets_of(summary), summary=summary, **extra)
 
 
+def foretell(plan: Plan, args: argparse.Namespace, flags: Sequence[str]) -> int:
+    """`--simulate`: the table of `race_simulated.py`, also written to results/race_simulated.json."""
+    profile = calibrated(model_of(args), args.profile, flags, args.engines)
+    num_blocks = kv_bytes_of(args) // (profile.block_size * profile.kv_bytes_per_token) - 1  # one is vLLM's null block
+    if num_blocks < 1:
+        raise ArrieroError(f"--kv-cache-memory-bytes {args.kv_cache_memory_bytes}: too few for a block of the profile")
+    workloads = {seed: workload_of(plan, seed) for seed in args.seeds}
+    rows = race_simulated.simulate(workloads, profile, num_blocks=num_blocks, engines=args.engines)
+    report.write("race_simulated", rows, [], plan=asdict(plan), seeds=args.seeds, num_blocks=num_blocks)
+    report.print_table(f"simulated; {TITLE}", [_foretold(row) for row in rows])
+    return 0
+
+
+def _foretold(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "system": row["system"],
+        "ITL_target": row["itl_target_s"] or None,
+        "memory": f"{row['memory']} x",
+        "n": row["requests"],
+        "TTFT": _three(row["ttft_s"]),
+        "TPOT": _three(row["tpot_s"], 1e3),
+        "preempted": row["num_preemptions"],
+        "moves": row["num_moves"],
+        "tokens_/s": row["tokens_per_s"],
+    }
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(default: 1 to 5)")
@@ -298,6 +333,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", type=float, default=1.0, help="of lengths and memory (default: %(default)s)")
     parser.add_argument("--engines", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="drop what results/race.json holds")
+    parser.add_argument("--simulate", action="store_true", help="starts no server: shows what the simulator foretells")
     parser.add_argument("--arriero-flag", action="append", default=[], metavar="FLAG", help="for `arriero serve` alone")
     add_server_options(parser, port=8140, kv_bytes=94_371_840, max_model_len=3072)
     return parser
@@ -323,6 +359,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             flags=flags,
             arriero_flags=args.arriero_flag,
         )
+        if args.simulate:
+            return foretell(plan, args, flags)
         fleet = Fleet(
             model=model_of(args),
             flags=flags,
