@@ -22,6 +22,7 @@ from arriero.bench.server import (
     common_flags,
     ended_by_signals,
     stock_command,
+    warn_of_autogroups,
 )
 from arriero.core.errors import LaunchError
 
@@ -187,3 +188,13 @@ def test_both_servers_get_the_same_flags() -> None:
     assert "--max-model-len 512 --dtype bfloat16 --kv-cache-memory-bytes 1048576 --block-size 32" in " ".join(flags)
     ours, stock = arriero_command("M", port=1, instances=1, flags=flags), stock_command("M", port=1, flags=flags)
     assert ours[-len(flags) :] == stock[-len(flags) :] == flags
+
+
+@pytest.mark.parametrize(("setting", "warned"), [("1\n", True), ("0\n", False), (None, False)])
+def test_autogroups_are_warned_of(
+    setting: str | None, warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if setting is not None:
+        (tmp_path / "setting").write_text(setting)
+    warn_of_autogroups(tmp_path / "setting")
+    assert ("kernel.sched_autogroup_enabled=0" in capsys.readouterr().err) is warned

@@ -41,6 +41,7 @@ from arriero.bench.server import (
     log_file,
     model_of,
     say,
+    warn_of_autogroups,
 )
 from arriero.core.config import StepConfig
 from arriero.core.errors import ArrieroError
@@ -291,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         samples = [] if args.fresh or not RESULT.exists() else json.loads(RESULT.read_text())["samples"]
+        warn_of_autogroups()
         with ended_by_signals():
             profile = calibrated(model_of(args), args.profile, flags, args.instances)
             for policy in args.policies:

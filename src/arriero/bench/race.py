@@ -5,7 +5,7 @@ loop: nobody waits for the server. Every system of `systems.py` answers the same
 time, in an order that turns from round to round; prompts are new to each, so no prefix cache helps. ``--scale`` makes
 all lengths and the memory smaller alike, where an engine takes seconds for a prompt of the class. Seeds can be run in
 parts: what `results/race.json` holds from earlier calls with the same plan is kept unless ``--fresh``. A run in which
-the machine held up the client is repeated.
+something held up the client is repeated.
 
 *Silence* is the longest time between two chunks in the stream of one request.
 """
@@ -37,6 +37,7 @@ from arriero.bench.server import (
     kv_bytes_of,
     model_of,
     say,
+    warn_of_autogroups,
 )
 from arriero.bench.systems import ARRIERO, GROUPS, SYSTEMS, Fleet, Running
 from arriero.core.errors import ArrieroError
@@ -44,7 +45,7 @@ from arriero.workload.workload import Arrival, Workload, make_workload
 
 MIN_GAIN = 4.0  #: of the tails, over the best of the others
 MIN_THROUGHPUT = 1.0  #: over the best of the others
-MAX_STALLED_S = 1.0  #: for which the machine may hold up the client in a run that counts
+MAX_STALLED_S = 1.0  #: for which the client may be held up in a run that counts
 MAX_TRIES = 3
 SAMPLE = 2000  #: requests that tell how much work one is
 FIGURES = ("ttft_s", "tpot_s", "silence_s", "e2e_s")
@@ -167,7 +168,7 @@ def _take(plan: Plan, model: str, running: Running, name: str, seed: int) -> Sam
 
 
 def least_stalled(once: Callable[[int], Sample]) -> Sample:
-    """The first run, of a few, in which the machine did not hold up the client; else the one with the least of it.
+    """The first run, of a few, in which nothing held up the client; else the one with the least of it.
 
     A client that sends late and reads late measures itself. ``once`` is given the number of the try.
     """
@@ -178,7 +179,7 @@ def least_stalled(once: Callable[[int], Sample]) -> Sample:
         if stalled_s <= MAX_STALLED_S:
             break
         then = "once more" if len(tried) < MAX_TRIES else "the run with the least of it is taken"
-        say(f"the machine held up the client for {stalled_s:.1f} s: {then}")
+        say(f"the client was held up for {stalled_s:.1f} s: {then}")
     return min(tried, key=lambda s: s["machine_stalled_s"]) | {"tries": len(tried)}
 
 
@@ -361,6 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if args.simulate:
             return foretell(plan, args, flags)
+        warn_of_autogroups()
         fleet = Fleet(
             model=model_of(args),
             flags=flags,

@@ -329,6 +329,17 @@ def arriero_server(
             yield server
 
 
+AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
+
+
+def warn_of_autogroups(setting: Path = AUTOGROUP) -> None:
+    """Say so where Linux may keep the client from the cores: with autogroups, a 6.18 kernel let a process that mostly
+    sleeps wait for up to a minute beside a busy process of another session.
+    """
+    if setting.exists() and setting.read_text().strip() == "1":
+        say("autogroups are on, which may hold up the client: `sysctl kernel.sched_autogroup_enabled=0` if it is so")
+
+
 def say(line: str) -> None:
     """Progress, on standard error."""
     print(line, file=sys.stderr, flush=True)
