@@ -69,6 +69,7 @@ WRONG: list[tuple[type[Any], str, Any]] = [
     (RebalancingConfig, "low_freeness", 4.5),
     (RebalancingConfig, "low_freeness", math.nan),
     (RebalancingConfig, "high_freeness", math.nan),
+    (RebalancingConfig, "start_share", 1.0),
     (RebalancingConfig, "cooldown_s", -1.0),
     (RebalancingConfig, "max_migrations_per_instance", 0),
     (SchedulerConfig, "snapshot_interval_s", -0.01),

@@ -232,6 +232,40 @@ def test_a_waiting_request_goes_first_because_it_moves_without_a_copy() -> None:
     assert who(CONFIG, source, instance(1)) == ["waits"]
 
 
+@pytest.mark.parametrize(("demand", "goes"), [(20, True), (21, False)])
+def test_a_waiting_request_goes_wherever_it_can_start(demand: int, goes: bool) -> None:
+    """With 30 of 100 blocks free, two running ones and high_freeness 10, a running request finds no room there. What
+    waits finds what the global queue's would: else that overtakes a preempted one, whose stream stands still.
+    """
+    source = instance(0, request("a", blocks=60), request("b", blocks=40), request("w", Phase.WAITING, demand))
+    busy = instance(1, request("c", blocks=30), request("d", blocks=40))
+    assert who(CONFIG, source, busy) == ["w"] * goes
+    assert who(replace(CONFIG, start_share=0), source, busy) == ["w"]
+    assert moves(CONFIG, instance(0, request("a", blocks=60), request("b", blocks=40)), busy) == [], "these run"
+
+
+def test_a_waiting_request_goes_to_an_instance_that_is_needy_itself() -> None:
+    """Which has 30 blocks for twelve that run, but nobody waits there. Then it takes no part in another move."""
+    source = instance(0, request("a", blocks=98), request("w", Phase.WAITING, 15))
+    many = [request(str(n), blocks=14) for n in range(5)]
+    short = instance(1, *many)
+    config = replace(CONFIG, low_freeness=7)
+    assert [(m.request_id, m.source, m.destination) for m in moves(config, source, short)] == [("w", 0, 1)]
+    found = moves(config, source, short, instance(2, num_blocks=90))
+    assert [(m.request_id, m.source, m.destination) for m in found] == [("w", 0, 2)], "the roomiest first"
+    roomy = instance(2, request("x", blocks=30), num_blocks=55)
+    found = moves(config, source, short, roomy)
+    assert [(m.request_id, m.source, m.destination) for m in found] == [("w", 0, 1)], "none is in two moves"
+
+
+def test_what_waits_for_a_place_of_an_urgent_one_moves_and_the_urgent_does_not() -> None:
+    urgent = [request("u", blocks=60, priority=-1), request("uw", Phase.WAITING, 5, priority=-1)]
+    source = instance(0, *urgent, request("n", blocks=10), request("w", Phase.WAITING, 5))
+    view = view_of(source, instance(1), load=LoadConfig(load_targets=((-1, 0.25),)))
+    (move,) = Rebalancer(CONFIG).round(view, {}, 0.0)
+    assert move.request_id == "w"
+
+
 def test_the_head_of_a_queue_gets_what_it_lacks_by_the_smallest_move_that_suffices() -> None:
     """40 are lacking; the head itself has no room anywhere."""
     running = [request(n, blocks=b) for n, b in (("a", 20), ("b", 41), ("c", 39))]
@@ -357,7 +391,10 @@ def test_relief_lowers_the_predicted_imbalance(
         source, destination = by_number[move.source], by_number[move.destination]
         (moved,) = [r for r in source.requests if r.request_id == move.request_id]
         left = destination.num_free_blocks - destination.waiting_demand_blocks - moved.num_blocks - moved.demand_blocks
-        num = destination.num_running + destination.num_waiting + 1
-        assert left >= config.high_freeness * num, "the destination is not needy"
+        kept = config.high_freeness * (destination.num_running + destination.num_waiting + 1)
+        if moved.phase is Phase.WAITING:
+            assert left >= min(kept, config.start_share * destination.num_blocks), "it can start there"
+        else:
+            assert left >= kept, "the destination is not needy"
         free = source.num_free_blocks - source.head_demand_blocks
         assert free < 0 or free < config.low_freeness * source.num_running, "the source was"

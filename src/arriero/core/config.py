@@ -188,6 +188,7 @@ class RebalancingConfig:
     interval_s: float = 0.25  #: between two rounds
     low_freeness: float = 3.0  #: below: a source
     high_freeness: float = 4.0  #: above: a destination
+    start_share: float = 0.1  #: of an instance's blocks, that must stay free at most where a waiting request goes
     cooldown_s: float = 5.0  #: a request that moved stays at least this long
     max_migrations_per_instance: int = 2  #: concurrent moves an instance takes part in
     max_moves_per_round: int = 64  #: started in one round, over all instances
@@ -200,6 +201,7 @@ class RebalancingConfig:
             self.low_freeness,
             f"at most high_freeness={self.high_freeness}",
         )
+        _require(0 <= self.start_share < 1, "start_share", self.start_share, "in [0, 1)")
         _require(self.cooldown_s >= 0, "cooldown_s", self.cooldown_s, "0 or more seconds")
         _require(
             self.max_migrations_per_instance >= 1,

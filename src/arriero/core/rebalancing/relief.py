@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 
 from arriero.core.commands import Move
@@ -21,27 +22,38 @@ class Need:
     why: str
 
 
+Chooser = Callable[[Round, Need, float], RequestSnapshot | None]
+
+
 def relief_moves(this: Round) -> list[Move]:
-    """In the order of urgency, each needy instance gives one request to the instance with most room.
+    """In the order of urgency, each needy instance gives one request to another: one that waits to where it can start,
+    else one that runs to the instance with most room.
 
     An instance is needy if the head of its queue lacks blocks; if it is kept for a request that lacks some; or if its
     running requests will run out of memory within ``low_freeness`` blocks each: then a request moves instead of being
-    preempted. None is both source and destination in one round.
+    preempted. None takes part in two moves of one round.
     """
     needs = sorted(
         (n for i in this.instances if (n := _need(this, i)) is not None), key=lambda n: (n.urgency, n.instance)
     )
     needy = {n.instance for n in needs}
-    room = sorted((-_room(this, i), i) for i in this.instances if i not in needy)
+    any_waits = any(this.snapshot(n.instance).num_waiting for n in needs)
+    starters = sorted((-_room_to_start(this, i), i) for i in (this.instances if any_waits else ()))
+    roomy = sorted((-_room(this, i), i) for i in this.instances if i not in needy)
+    taken: set[InstanceId] = set()
     moves: list[Move] = []
     for need in needs:
-        if len(moves) == min(len(room), this.config.max_moves_per_round):
+        if len(moves) == this.config.max_moves_per_round:
             break
-        if not this.gives(need.instance):
+        if not this.gives(need.instance) or need.instance in taken:
             continue
-        free, destination = room[len(moves)]
-        request = _choose(this, need, -free)
-        if request is not None:
+        found = None
+        if this.snapshot(need.instance).num_waiting:
+            found = _choose_from(this, need, starters, taken, _waiting)
+        found = found or _choose_from(this, need, roomy, taken, _running)
+        if found is not None:
+            request, destination = found
+            taken |= {need.instance, destination}
             moves.append(
                 Move(
                     request_id=request.request_id,
@@ -87,14 +99,24 @@ def _crowd(this: Round, instance: InstanceId) -> int:
 
 def _room(this: Round, instance: InstanceId) -> float:
     """Free blocks that nobody waits for, beyond what keeps the instance from being needy; none if it is kept."""
+    return _free(this, instance) - this.config.high_freeness * (_num_seated(this, instance) + 1)
+
+
+def _room_to_start(this: Round, instance: InstanceId) -> float:
+    """As :func:`_room`, for a request that waits: it goes for free, and back for free. So it need not find more than
+    what a request from the global queue does; else those overtake it, and it is the one whose stream stands still.
+    """
+    kept = this.config.start_share * this.snapshot(instance).num_blocks
+    return _free(this, instance) - min(kept, this.config.high_freeness * (_num_seated(this, instance) + 1))
+
+
+def _free(this: Round, instance: InstanceId) -> float:
     snapshot, config = this.snapshot(instance), this.view.config
     if config.load_targets and any(this.view.is_urgent(p) for p, _ in snapshot.running_by_priority):
         return -math.inf
-    num = _num_seated(this, instance)
-    if num >= snapshot.max_num_seqs or instance in this.view.earmarks:
+    if _num_seated(this, instance) >= snapshot.max_num_seqs or instance in this.view.earmarks:
         return -math.inf
-    free = snapshot.num_unclaimed_blocks - snapshot.waiting_demand_blocks - this.pending_blocks(instance)
-    return free - this.config.high_freeness * (num + 1)
+    return snapshot.num_unclaimed_blocks - snapshot.waiting_demand_blocks - this.pending_blocks(instance)
 
 
 def _num_seated(this: Round, instance: InstanceId) -> int:
@@ -103,24 +125,46 @@ def _num_seated(this: Round, instance: InstanceId) -> int:
     return snapshot.num_running + snapshot.num_waiting + this.view.ledger.num_pending(instance)
 
 
-def _choose(this: Round, need: Need, room: float) -> RequestSnapshot | None:
-    """A waiting request goes for free. Of the running ones, a less urgent one first, then the smallest that gives what
-    is lacking, or else the largest; it must pay.
-    """
+def _choose_from(
+    this: Round, need: Need, line: Iterable[tuple[float, InstanceId]], taken: Set[InstanceId], choose: Chooser
+) -> tuple[RequestSnapshot, InstanceId] | None:
+    """A request for the first in ``line`` (minus its room, instance) that takes no part in a move yet."""
+    for room, instance in line:
+        if instance != need.instance and instance not in taken:
+            request = choose(this, need, -room)
+            return None if request is None else (request, instance)
+    return None
+
+
+def _waiting(this: Round, need: Need, room: float) -> RequestSnapshot | None:
+    """The first of the most urgent that wait and can start in ``room``."""
+    fits = (
+        r
+        for r in this.movable(need.instance)
+        if r.phase is Phase.WAITING and r.demand_blocks <= room and not _is_spared(this, need, r)
+    )
+    return min(fits, key=lambda r: r.priority, default=None)
+
+
+def _running(this: Round, need: Need, room: float) -> RequestSnapshot | None:
+    """A less urgent one first, then the smallest that gives what is lacking, or else the largest; it must pay."""
     most = min(room - 1, _most_that_pays(this, need))
     best: RequestSnapshot | None = None
-    best_key: tuple[bool, int, bool, float, RequestId] | None = None
+    best_key: tuple[int, bool, float, RequestId] | None = None
     for request in this.movable(need.instance):
-        num_blocks, is_running = request.num_blocks, request.phase is Phase.RUNNING
-        if math.isinf(need.urgency) and this.view.is_urgent(request.priority):
-            continue
-        if num_blocks > most if is_running else request.demand_blocks > room:
+        num_blocks = request.num_blocks
+        if request.phase is not Phase.RUNNING or num_blocks > most or _is_spared(this, need, request):
             continue
         suffices = num_blocks >= need.blocks
-        key = (is_running, -request.priority, not suffices, num_blocks if suffices else -num_blocks, request.request_id)
+        key = (-request.priority, not suffices, num_blocks if suffices else -num_blocks, request.request_id)
         if best_key is None or key < best_key:
             best, best_key = request, key
     return best
+
+
+def _is_spared(this: Round, need: Need, request: RequestSnapshot) -> bool:
+    """Whether the others are to make room for it."""
+    return math.isinf(need.urgency) and this.view.is_urgent(request.priority)
 
 
 def _most_that_pays(this: Round, need: Need) -> float:
