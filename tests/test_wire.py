@@ -45,6 +45,7 @@ VALUES: dict[Any, st.SearchStrategy[Any]] = {
     float: st.floats(allow_nan=False),
     Any: tickets,
     Op: st.sampled_from(Op),
+    bytes: st.binary(max_size=50),
     bytes | None: st.none() | st.binary(max_size=50),
     Phase: st.sampled_from(Phase),
     Phase | None: st.none() | st.sampled_from(Phase),
@@ -120,7 +121,7 @@ def test_sampler_state_and_tickets_stay_bytes() -> None:
     """In JSON they would come back as text."""
     commit = Commit(
         migration_id="m", request_id="r", first=0, end=1, ticket=[b"\xff"], known=0, output_token_ids=(),
-        num_output_tokens=0, num_computed_tokens=0, sampler_state=b"\xff\x00",
+        num_output_tokens=0, num_computed_tokens=0, sampler_state=b"\xff\x00", untold=b"\xff",
     )  # fmt: skip
     assert decode_message(encode_message(commit)) == commit
 

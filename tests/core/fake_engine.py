@@ -75,6 +75,7 @@ class _Request:
     draws: int = 0  # the sampler's hidden state
     dead: bool = False
     polls: int = 0
+    untold: bytes = b"told by none"
 
     @property
     def tokens(self) -> list[int]:
@@ -252,11 +253,12 @@ class FakeEngine:
         request = self.requests[request_id]
         assert request_id in self.frozen, "exporting the rest of a request that runs"
         assert not request.in_flight, "exporting the rest under a step in flight"
-        state = str(request.draws).encode()
+        state, untold = str(request.draws).encode(), request.untold
         if not with_blocks:
-            return Export(ticket=None, sampler_state=state)
+            return Export(ticket=None, sampler_state=state, untold=untold)
         self._staging[self.instance, migration_id] = [list(self._kv[b]) for b in request.blocks[first:end]]
-        return Export(ticket=(self.instance, migration_id), num_bytes=end - first, copy_s=0.125, sampler_state=state)
+        at = (self.instance, migration_id)
+        return Export(ticket=at, num_bytes=end - first, copy_s=0.125, sampler_state=state, untold=untold)
 
     def close_export(self, migration_id: MigrationId) -> None:
         exporting = any(j.kind == "export" and j.migration_id == migration_id for j in self.jobs)
@@ -317,12 +319,15 @@ class FakeEngine:
             raise TransportError("the source's staging memory is gone")
         return Export(ticket=None, num_bytes=len(blocks), copy_s=0.0625)
 
-    def admit(self, request_id: RequestId, num_computed_tokens: int, sampler_state: bytes | None) -> None:
+    def admit(
+        self, request_id: RequestId, num_computed_tokens: int, sampler_state: bytes | None, untold: bytes
+    ) -> None:
         self._maybe_fail("admit")
         request = self.reserved.pop(request_id)
         request.sampled = list(request.outputs)
         request.computed = request.settled = num_computed_tokens
         request.draws = len(request.outputs) if sampler_state is None else int(sampler_state)
+        request.untold = untold
         self.requests[request_id] = request
         (self.running if request.blocks else self.waiting).append(request)
 

@@ -38,8 +38,9 @@ DETACH = Detach(**ID, first=0, epoch=0)
 RELEASE, RESUME, DROP = Release(**ID), Resume(**ID), Drop(**ID)
 LOAD = Load(**ID, first=0, end=2, ticket=(9, "m"), known=0, output_token_ids=(1, 2))
 COMMIT = Commit(
-    **ID, first=2, end=3, ticket=(9, "m"), known=2, output_token_ids=(3,), num_output_tokens=3, num_computed_tokens=12
-)
+    **ID, first=2, end=3, ticket=(9, "m"), known=2, output_token_ids=(3,), num_output_tokens=3, num_computed_tokens=12,
+    untold=b"by the source",
+)  # fmt: skip
 REPLAY = Commit(
     **ID, first=0, end=0, ticket=None, known=0, output_token_ids=(1,), num_output_tokens=1, num_computed_tokens=0
 )
@@ -207,14 +208,14 @@ def test_detach_hands_over_all_that_the_destination_needs(source: Bench) -> None
     (answer,) = source.ask(Detach(**ID, first=2, epoch=0))
     assert answer == Answer(
         migration_id="m", op=Op.DETACH, first=2, end=4, ticket=(0, "m"), num_bytes=2, copy_s=0.125,
-        num_output_tokens=4, num_computed_tokens=13, sampler_state=b"4",
+        num_output_tokens=4, num_computed_tokens=13, sampler_state=b"4", untold=b"told by none",
     )  # fmt: skip
 
 
 def test_detach_without_blocks_hands_over_tokens_and_sampler_state_only(source: Bench) -> None:
     (answer,) = source.ask(Detach(**ID, first=0, epoch=0, with_blocks=False))
     assert (answer.num_computed_tokens, answer.end, answer.ticket) == (0, 0, None)
-    assert (answer.num_output_tokens, answer.sampler_state) == (4, b"4")
+    assert (answer.num_output_tokens, answer.sampler_state, answer.untold) == (4, b"4", b"told by none")
 
 
 def test_detach_asked_again_gives_the_same_answer(source: Bench) -> None:
@@ -457,6 +458,7 @@ def test_commit_admits_once(destination: Bench) -> None:
     assert destination.says(COMMIT) == OK
     assert destination.engine.requests["r"].outputs == [1, 2, 3]
     assert destination.engine.requests["r"].settled == 12
+    assert destination.engine.requests["r"].untold == b"by the source"
     assert destination.says(DROP) == (False, "committed before")
     assert destination.says(RESERVE) == OK
     assert destination.llumlet.is_idle

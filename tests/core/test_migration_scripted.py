@@ -730,14 +730,17 @@ def test_a_commit_names_what_was_handed_over() -> None:
     migration = owner([7, 8, 9], mode=STOP)
     to_detaching(migration)
     commands = migration.on_answer(
-        answer(Op.DETACH, num_output_tokens=3, num_computed_tokens=8, end=2, ticket="t", sampler_state=b"s"), 1.0
+        answer(
+            Op.DETACH, num_output_tokens=3, num_computed_tokens=8, end=2, ticket="t", sampler_state=b"s", untold=b"u"
+        ),
+        1.0,
     )
     assert commands[0] == Route(1)
     assert commands[1] == Send(
         1,
         Commit(
             migration_id="m", request_id="r", first=0, end=2, ticket="t", known=0, output_token_ids=(7, 8, 9),
-            num_output_tokens=3, num_computed_tokens=8, sampler_state=b"s",
+            num_output_tokens=3, num_computed_tokens=8, sampler_state=b"s", untold=b"u",
         ),
     )  # fmt: skip
 

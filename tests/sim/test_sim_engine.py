@@ -463,15 +463,15 @@ def test_what_ran_before_and_comes_without_kv_goes_to_the_front_of_the_queue() -
         engine.park(job(name))
         engine.reserve(name, 0)
     engine.extend("ran", (1, 2))
-    engine.admit("fresh", 0, None)
-    engine.admit("ran", 0, None)
+    engine.admit("fresh", 0, None, b"")
+    engine.admit("ran", 0, None, b"")
     assert [r.request_id for r in engine.snapshot(0.0).requests] == ["running", "ran", "waiting", "fresh"]
 
 
 def test_blocks_that_a_recomputed_request_reserved_are_freed() -> None:
     engine = make()
     reserved(engine, job("a"), 12)
-    engine.admit("a", 0, None)
+    engine.admit("a", 0, None, b"")
     engine.check_integrity()
     assert engine.held.pool.num_free == 64
     assert run(engine)["a"] == reference(job("a"))
@@ -479,14 +479,15 @@ def test_blocks_that_a_recomputed_request_reserved_are_freed() -> None:
 
 def test_what_was_never_reserved_cannot_be_admitted() -> None:
     engine = make()
-    for call in (lambda: engine.admit("a", 0, None), lambda: engine.grow("a", 1), lambda: engine.extend("a", (1,))):
+    calls = (lambda: engine.admit("a", 0, None, b""), lambda: engine.grow("a", 1), lambda: engine.extend("a", (1,)))
+    for call in calls:
         with pytest.raises(ConflictError, match="not reserved"):
             call()
     reserved(engine, job("a"), 12)
     with pytest.raises(ProtocolError, match="10 of 10 tokens"):
-        engine.admit("a", 10, None)
+        engine.admit("a", 10, None, b"")
     with pytest.raises(ProtocolError, match="sampler state"):
-        engine.admit("a", 9, b"short")
+        engine.admit("a", 9, b"short", b"")
     engine.discard("a")
     engine.check_integrity()
 
@@ -692,7 +693,7 @@ def test_losing_the_sampler_changes_the_tokens(damage: str | None, changes: bool
     reserved(destination, a, 16)
     destination.extend("a", outputs)
     destination.import_rest("m", "a", 0, 4, export.ticket)
-    destination.admit("a", 14, None if damage is None else b"\0" * 8 if damage == "state_of_another" else None)
+    destination.admit("a", 14, None if damage is None else b"\0" * 8 if damage == "state_of_another" else None, b"")
     if damage == "sampler":
         destination.held.live["a"].sampler = None
     assert (run(destination)["a"] != reference(a)[5:]) is changes

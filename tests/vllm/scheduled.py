@@ -31,9 +31,19 @@ class Engine:
     has_moves: bool = False
     steps: list[tuple[dict[str, int], float]] = field(default_factory=list)  #: tokens of each request, seconds
 
+    @property
+    def structured_output_manager(self) -> Any:
+        """What knows the grammars."""
+        return self.scheduler.structured_output_manager
+
     def add(self, name: str, num_tokens: int, max_tokens: int) -> None:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
         self.scheduler.add_request(Request(name, list(range(num_tokens)), params, None))
+
+    def step_outputs(self) -> list[Any]:
+        """A step; returns what the client is told."""
+        clients = self.finish(self.scheduler.schedule())
+        return [output for outputs in clients.values() for output in outputs.outputs]
 
     def step(self) -> dict[str, int]:
         """Plan, compute, take in; returns the tokens of each request."""
@@ -41,7 +51,8 @@ class Engine:
         self.finish(planned)
         return dict(planned.num_scheduled_tokens)
 
-    def finish(self, planned: Any) -> None:
+    def finish(self, planned: Any) -> dict[int, Any]:
+        """Compute, take in; returns what each client is told."""
         tokens: dict[str, int] = planned.num_scheduled_tokens
         took = DECODE_S + PROMPT_S * (sum(tokens.values()) - len(tokens)) if tokens else 0.0
         self.now_s += took
@@ -50,7 +61,8 @@ class Engine:
         done = [self.scheduler.requests[n].num_computed_tokens >= self.scheduler.requests[n].num_tokens for n in names]
         sampled = [[7] if is_done else [] for is_done in done]
         output = ModelRunnerOutput(names, {n: i for i, n in enumerate(names)}, sampled)
-        self.scheduler.update_from_output(planned, output)
+        told: dict[int, Any] = self.scheduler.update_from_output(planned, output)
+        return told
 
 
 def make_engine(*, overlapping: bool = False, num_blocks: int = 2000, **flags: Any) -> Engine:
@@ -63,4 +75,4 @@ def make_engine(*, overlapping: bool = False, num_blocks: int = 2000, **flags: A
     cache = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
     config.cache_config.num_gpu_blocks = num_blocks
     kind = AsyncScheduler if overlapping else Scheduler
-    return Engine(kind(config, cache, StructuredOutputManager(config), BLOCK), config)
+    return Engine(kind(config, cache, StructuredOutputManager(config), BLOCK, log_stats=True), config)

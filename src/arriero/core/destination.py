@@ -200,7 +200,7 @@ class DestinationRole:
                 export = self._engine.import_rest(
                     message.migration_id, message.request_id, message.first, message.end, message.ticket
                 )
-            self._engine.admit(message.request_id, message.num_computed_tokens, message.sampler_state)
+            self._engine.admit(message.request_id, message.num_computed_tokens, message.sampler_state, message.untold)
         except ArrieroError as error:
             self._end_incoming(incoming, str(error), now)
             raise

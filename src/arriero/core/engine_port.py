@@ -30,6 +30,7 @@ class Export:
     num_bytes: int = 0
     copy_s: float = 0.0
     sampler_state: bytes | None = None  #: with the last export only
+    untold: bytes = b""  #: with the last export only: what the client's statistics are still to be told
 
 
 class EnginePort(Protocol):
@@ -51,7 +52,7 @@ class EnginePort(Protocol):
     def export_rest(
         self, migration_id: MigrationId, request_id: RequestId, first: int, end: int, with_blocks: bool
     ) -> Export:
-        """Export ``[first, end)`` and the sampler's state now, of a frozen request."""
+        """Export ``[first, end)`` now, of a frozen request, with the sampler's state and what is untold."""
 
     def close_export(self, migration_id: MigrationId) -> None:
         """Free what the exports of this migration hold (staging memory). Idempotent."""
@@ -88,8 +89,10 @@ class EnginePort(Protocol):
         The result says what it cost; its ``ticket`` is unused.
         """
 
-    def admit(self, request_id: RequestId, num_computed_tokens: int, sampler_state: bytes | None) -> None:
-        """Schedule the reserved request: it continues at the next token."""
+    def admit(
+        self, request_id: RequestId, num_computed_tokens: int, sampler_state: bytes | None, untold: bytes
+    ) -> None:
+        """Schedule the reserved request: it continues at the next token. ``untold`` is the engine's own, see Export."""
 
     def discard(self, request_id: RequestId) -> None:
         """Free a reservation or a parked request. Idempotent."""
@@ -103,4 +106,5 @@ def with_export(answer: Answer, export: Export) -> Answer:
         num_bytes=export.num_bytes,
         copy_s=export.copy_s,
         sampler_state=export.sampler_state,
+        untold=export.untold,
     )

@@ -103,6 +103,7 @@ class Commit(Message):
     num_output_tokens: int  #: in all; must agree with known + len(output_token_ids)
     num_computed_tokens: int  #: 0: recompute
     sampler_state: bytes | None = None  #: None: none, or rebuild from the seed
+    untold: bytes = b""  #: what the client's statistics are still to be told, as the engine packed it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +143,7 @@ class Answer:
     num_output_tokens: int = 0  #: DETACH
     num_computed_tokens: int = 0  #: DETACH
     sampler_state: bytes | None = None  #: DETACH
+    untold: bytes = b""  #: DETACH
 
 
 Reply = Callable[[Answer], None]

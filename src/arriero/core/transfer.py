@@ -107,6 +107,7 @@ class Transfer:
             num_output_tokens=handover.num_output_tokens,
             num_computed_tokens=handover.num_computed_tokens,
             sampler_state=handover.sampler_state,
+            untold=handover.untold,
         )
 
     def _tell(self) -> tuple[int, tuple[int, ...]]:

@@ -243,7 +243,9 @@ class SimEngine:
         """See the port."""
         return self.copier.import_now(migration_id, self.held.blocks(request_id, first, end), ticket)
 
-    def admit(self, request_id: RequestId, num_computed_tokens: int, sampler_state: bytes | None) -> None:
+    def admit(
+        self, request_id: RequestId, num_computed_tokens: int, sampler_state: bytes | None, untold: bytes
+    ) -> None:
         """See the port. Without KV it queues: at the front if it was running before."""
         sequence = self._incoming(request_id)
         num_output = len(sequence.output_token_ids)

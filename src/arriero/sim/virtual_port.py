@@ -158,7 +158,9 @@ class VirtualPort:
         copy_s = self._copy_now(num_bytes, self._network.config.bytes_per_s)
         return Export(ticket=None, num_bytes=num_bytes, copy_s=copy_s)
 
-    def admit(self, request_id: RequestId, num_computed_tokens: int, sampler_state: bytes | None) -> None:
+    def admit(
+        self, request_id: RequestId, num_computed_tokens: int, sampler_state: bytes | None, untold: bytes
+    ) -> None:
         """See the port. Without KV it queues: at the front if it was running before."""
         engine, sequence = self._engine, self._incoming(request_id)
         if not 0 <= num_computed_tokens < sequence.num_tokens:

@@ -137,6 +137,9 @@ SYMBOLS: tuple[Symbol, ...] = (
     ),
     Symbol("vllm.v1.engine.core", "EngineShutdownState", attributes=("REQUESTED",)),
     Symbol("vllm.v1.engine", "EngineCoreRequestType", attributes=("ADD", "ABORT", "UTILITY", "WAKEUP")),
+    Symbol("vllm.v1.engine", "EngineCoreEvent", ("type", "timestamp")),
+    Symbol("vllm.v1.engine", "EngineCoreEventType", attributes=("QUEUED", "SCHEDULED", "PREEMPTED")),
+    Symbol("vllm.v1.metrics.stats", "PrefillStats", ("num_prompt_tokens", "num_cached_tokens")),
     Symbol("vllm.v1.engine.utils", "EngineZmqAddresses", ("inputs", "outputs")),
     Symbol(
         "vllm.v1.request",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from time import monotonic
 from typing import Any, ParamSpec, TypeVar
 
 from arriero.core.config import CopyConfig
@@ -16,6 +18,7 @@ from arriero.core.errors import ArrieroError, ConflictError, TransportError, Unm
 from arriero.core.types import InstanceId, InstanceSnapshot, MigrationId, Phase, RequestId, RequestSnapshot
 from arriero.vllm.compat import Request, RequestStatus
 from arriero.vllm.copier import Copier
+from arriero.vllm.untold import pack_untold, unpack_untold
 from arriero.vllm.worker import RestOfImport
 
 P = ParamSpec("P")
@@ -117,7 +120,8 @@ class VllmEnginePort:
     ) -> Export:
         """See the port."""
         ids = self._block_ids(request_id)[first:end] if with_blocks and end > first else []
-        return self._copier.export_rest(migration_id, request_id, ids)
+        export = self._copier.export_rest(migration_id, request_id, ids)
+        return replace(export, untold=pack_untold(self._scheduler.requests[request_id], monotonic()))
 
     def close_export(self, migration_id: MigrationId) -> None:
         """See the port."""
@@ -169,7 +173,6 @@ class VllmEnginePort:
         if self._immovable:
             raise UnmovableError(self._immovable)
         self._require_room(request, num_tokens)
-        request.prefill_stats = None
         self._reserved[request_id] = request
         del self._parked[request_id]
         try:
@@ -235,10 +238,13 @@ class VllmEnginePort:
         return Export(ticket=None, num_bytes=len(ids) * self._copier.bytes_per_block)
 
     @_contained
-    def admit(self, request_id: RequestId, num_computed_tokens: int, sampler_state: bytes | None) -> None:
+    def admit(
+        self, request_id: RequestId, num_computed_tokens: int, sampler_state: bytes | None, untold: bytes
+    ) -> None:
         """See the port. As if preempted with its blocks kept: it is scheduled as *resumed*, for one token."""
         request = self._reserved[request_id]
         rest, self._rest = self._rest, None
+        events, request.prefill_stats = unpack_untold(untold, monotonic())
         if num_computed_tokens or request.num_output_tokens:
             self._copier.admit(self._runner_state(request, num_computed_tokens), sampler_state, rest)
             request.status = RequestStatus.PREEMPTED
@@ -247,7 +253,7 @@ class VllmEnginePort:
             self._kv.cache_blocks(request, num_computed_tokens)
         del self._reserved[request_id]
         self._scheduler.add_request(request)
-        request.events.clear()  # a second QUEUED would spoil the client's metrics
+        request.events = events  # not a second QUEUED, which would spoil the client's metrics
 
     def _runner_state(self, request: Request, num_computed_tokens: int) -> dict[str, Any]:
         return {
