@@ -15,7 +15,13 @@ from arriero.core.foresight import peak_blocks
 from arriero.core.scheduler import GlobalScheduler
 from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, Phase, RequestId, RequestSnapshot
 
-QUEUEING = QueueingConfig(reserve_tokens_per_running=32, prefill_backlog_tokens=1000, earmark_share=0.5, scan_depth=4)
+QUEUEING = QueueingConfig(
+    reserve_tokens_per_running=32,
+    prefill_backlog_tokens=1000,
+    earmark_share=0.5,
+    scan_depth=4,
+    ttft_target_s_per_token=0,
+)
 
 
 def facts(name: str, blocks: int = 1, priority: int = 0) -> Dispatchable:

@@ -80,6 +80,7 @@ WRONG: list[tuple[type[Any], str, Any]] = [
     (QueueingConfig, "reserve_share", 1.0),
     (QueueingConfig, "prefill_backlog_tokens", 0),
     (QueueingConfig, "earmark_share", 1.5),
+    (QueueingConfig, "ttft_target_s_per_token", -0.01),
     (QueueingConfig, "scan_depth", 0),
     (ScalingConfig, "low_freeness", 60.0),
     (ScalingConfig, "min_instances", 0),

@@ -14,7 +14,9 @@ from arriero.core.foresight import peak_blocks
 from arriero.core.scheduler import GlobalScheduler
 from arriero.core.types import Dispatchable, InstanceId, InstanceSnapshot, Phase, RequestId, RequestSnapshot
 
-KNOWING = QueueingConfig(trusts_max_tokens=True, horizon_s=5.0, patience_s=10.0, earmark_share=0.5)
+KNOWING = QueueingConfig(
+    trusts_max_tokens=True, horizon_s=5.0, patience_s=10.0, ttft_target_s_per_token=0, earmark_share=0.5
+)
 STEP_S = 0.05  # a hundred steps in the horizon
 
 

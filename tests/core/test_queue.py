@@ -60,3 +60,14 @@ def test_the_hurried_overtake_those_without_a_target_but_not_for_ever() -> None:
     assert [r.request_id for r in queue.first(3)] == ["r3", "r0", "r5"]
     queue.push(replace(facts(6, False, -1, 1), ttft_target_s=60.0), 6.0)
     assert next(queue.first(1)).request_id == "r6", "priority goes before any target"
+
+
+def test_a_short_prompt_overtakes_a_long_one_unless_that_has_waited_for_what_it_is_longer() -> None:
+    """10 ms a token: a prompt of 1,000 tokens that comes at 0 is due with one of 100 that comes at 9."""
+    queue = RequestQueue(5.0, 0.01)
+    queue.push(facts(0, False, 0, 1000), 0.0)
+    for n in (8, 10):
+        queue.push(facts(n, False, 0, 100), float(n))
+    assert [r.request_id for r in queue.first(3)] == ["r8", "r0", "r10"]
+    queue.push(replace(facts(11, False, 0, 4000), ttft_target_s=1.0), 11.0)
+    assert next(queue.first(1)).request_id == "r11", "a target of its own is taken as it is"

@@ -277,6 +277,7 @@ class QueueingConfig:
     horizon_s: float = 0.0  #: then memory must suffice for so long, with arrivals that are foretold; 0: to the end
     patience_s: float = 0.0  #: short prompts go before long ones that have waited less than this; 0: by arrival
     ttft_target_s: float = 5.0  #: where a request has none of its own: the queue is ordered by when targets fall due
+    ttft_target_s_per_token: float = 0.01  #: then, for each token of the prompt: short prompts go before long ones
     scan_depth: int = 64  #: requests at the head of the queue that are looked at
 
     def __post_init__(self) -> None:
@@ -287,7 +288,7 @@ class QueueingConfig:
         _require(backlog >= 1, "prefill_backlog_tokens", backlog, "1 or more")
         _require(0 <= self.earmark_share <= 1, "earmark_share", self.earmark_share, "in [0, 1]")
         _require(self.scan_depth >= 1, "scan_depth", self.scan_depth, "1 or more")
-        for name in ("horizon_s", "patience_s", "ttft_target_s"):
+        for name in ("horizon_s", "patience_s", "ttft_target_s", "ttft_target_s_per_token"):
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "0 or more seconds")
 
 

@@ -23,12 +23,13 @@ class Queued:
 
 class RequestQueue:
     """Priority, then the earliest deadline first: arrival and the target for the first token. A request without one
-    has ``ttft_target_s``, so it is overtaken by those in a greater hurry, but not for ever; without any targets this is
-    first come, first served.
+    has ``ttft_target_s``, and ``ttft_target_s_per_token`` for each token of its prompt. So it is overtaken by those in
+    a greater hurry, but not for ever: by a prompt of n tokens less only if that comes within n times the latter.
     """
 
-    def __init__(self, ttft_target_s: float = 0.0) -> None:
+    def __init__(self, ttft_target_s: float = 0.0, ttft_target_s_per_token: float = 0.0) -> None:
         self._ttft_target_s = ttft_target_s
+        self._ttft_target_s_per_token = ttft_target_s_per_token
         self._line: list[Queued] = []
         self._live: dict[RequestId, Queued] = {}
         self._number = 0
@@ -40,7 +41,9 @@ class RequestQueue:
     def push(self, request: Dispatchable, now: float) -> None:
         """Queue a request that is not queued."""
         self._number += 1
-        target_s = self._ttft_target_s if request.ttft_target_s is None else request.ttft_target_s
+        target_s = request.ttft_target_s
+        if target_s is None:
+            target_s = self._ttft_target_s + request.num_prompt_tokens * self._ttft_target_s_per_token
         entry = Queued((not request.is_replay, request.priority, now + target_s, self._number), request, now)
         self._live[request.request_id] = entry
         self._num_tokens += request.num_prompt_tokens + 1

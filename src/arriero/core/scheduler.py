@@ -40,7 +40,9 @@ class GlobalScheduler:
         queueing = config.queueing
         self._foresight = Foresight(queueing) if queueing is not None and queueing.trusts_max_tokens else None
         self._binding = self._foresight or (LateBinding(queueing) if queueing is not None else None)
-        self._queue = RequestQueue(queueing.ttft_target_s if queueing is not None else 0.0)
+        self._queue = RequestQueue()
+        if queueing is not None:
+            self._queue = RequestQueue(queueing.ttft_target_s, queueing.ttft_target_s_per_token)
         self._admission = Admission(config.admission) if config.admission is not None else None
         self._rebalancer = Rebalancer(config.rebalancing) if config.rebalancing is not None else None
         self._evacuation = Evacuation(config.drain)

@@ -30,7 +30,13 @@ def scheduler_config(policy: str, seed: int = 0, horizon_s: float = HORIZON_S) -
     if policy == CLAIRVOYANT:
         config = policy_config("arriero")
         assert config.queueing is not None
-        queueing = replace(config.queueing, trusts_max_tokens=True, horizon_s=horizon_s, patience_s=PATIENCE_S)
+        queueing = replace(
+            config.queueing,
+            trusts_max_tokens=True,
+            horizon_s=horizon_s,
+            patience_s=PATIENCE_S,
+            ttft_target_s_per_token=0.0,  # by arrival behind those
+        )
         return replace(config, queueing=queueing, seed=seed)
     return replace(policy_config(policy), seed=seed)
 
