@@ -110,7 +110,24 @@ def test_a_request_that_moves_in_the_middle_of_its_prompt_tells_where_that_came_
     assert (names, prompt.num_prompt_tokens) == (["QUEUED", "SCHEDULED", "SCHEDULED"], 8 * BLOCK)
 
 
-@pytest.mark.parametrize("untold", [b"", b"rubbish", msgspec.msgpack.encode([[], {"no such": 1}])])
+@pytest.mark.parametrize(
+    ("tokens", "told", "prompt"),
+    [((), ["QUEUED", "SCHEDULED"], 3 * BLOCK), ((7, 8), ["SCHEDULED"], None)],
+    ids=["before its first token", "after it"],
+)
+def test_a_replay_tells_what_a_dead_instance_cannot_have_told(
+    tokens: tuple[int, ...], told: list[str], prompt: int | None
+) -> None:
+    _, _, destination, others = _two_engines()
+    others.park(Request("a", [1] * 3 * BLOCK, SamplingParams(max_tokens=5), None))
+    others.reserve("a", 0)
+    others.extend("a", tokens)
+    others.admit("a", 0, None, b"")
+    names, stats = _told(destination, "a")
+    assert (names, stats and stats.num_prompt_tokens) == (told, prompt)
+
+
+@pytest.mark.parametrize("untold", [b"rubbish", msgspec.msgpack.encode([[], {"no such": 1}])])
 def test_rubbish_about_the_past_is_refused(untold: bytes) -> None:
     _, _, destination, others = _two_engines()
     others.park(Request("a", [1, 2, 3], SamplingParams(max_tokens=3), None))

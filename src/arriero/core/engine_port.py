@@ -92,7 +92,10 @@ class EnginePort(Protocol):
     def admit(
         self, request_id: RequestId, num_computed_tokens: int, sampler_state: bytes | None, untold: bytes
     ) -> None:
-        """Schedule the reserved request: it continues at the next token. ``untold`` is the engine's own, see Export."""
+        """Schedule the reserved request: it continues at the next token.
+
+        ``untold`` is the engine's own, see Export; empty where no source could tell it: a replay.
+        """
 
     def discard(self, request_id: RequestId) -> None:
         """Free a reservation or a parked request. Idempotent."""

@@ -103,7 +103,7 @@ class Commit(Message):
     num_output_tokens: int  #: in all; must agree with known + len(output_token_ids)
     num_computed_tokens: int  #: 0: recompute
     sampler_state: bytes | None = None  #: None: none, or rebuild from the seed
-    untold: bytes = b""  #: what the client's statistics are still to be told, as the engine packed it
+    untold: bytes = b""  #: what the client's statistics are still to be told, as the engine packed it; empty: a replay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

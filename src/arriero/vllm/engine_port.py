@@ -244,7 +244,7 @@ class VllmEnginePort:
         """See the port. As if preempted with its blocks kept: it is scheduled as *resumed*, for one token."""
         request = self._reserved[request_id]
         rest, self._rest = self._rest, None
-        events, request.prefill_stats = unpack_untold(untold, monotonic())
+        past = unpack_untold(untold, monotonic()) if untold else ([], None)
         if num_computed_tokens or request.num_output_tokens:
             self._copier.admit(self._runner_state(request, num_computed_tokens), sampler_state, rest)
             request.status = RequestStatus.PREEMPTED
@@ -253,7 +253,8 @@ class VllmEnginePort:
             self._kv.cache_blocks(request, num_computed_tokens)
         del self._reserved[request_id]
         self._scheduler.add_request(request)
-        request.events = events  # not a second QUEUED, which would spoil the client's metrics
+        if untold or request.num_output_tokens:  # a replay whose client has heard nothing is like any new request
+            request.events, request.prefill_stats = past  # not a second QUEUED, which would spoil the client's metrics
 
     def _runner_state(self, request: Request, num_computed_tokens: int) -> dict[str, Any]:
         return {
