@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from arriero.core.config import PreemptionConfig
 from arriero.core.errors import ConflictError, ProtocolError
 from arriero.sim.config import SimEngineConfig
 from arriero.sim.engine import SimEngine
@@ -113,6 +114,12 @@ SETTINGS = {
     "knots": config(step_time=KNOTS),
     "target between tokens": config(num_blocks=90, itl_target_s=0.025, max_num_seqs=8),
     "target, tight, priorities": config(itl_target_s=0.02, priority_scheduling=True),
+    "the smallest gives way": config(preemption=PreemptionConfig()),
+    "the smallest gives way, chunks, priorities": config(
+        num_blocks=40, max_num_batched_tokens=16, priority_scheduling=True, preemption=PreemptionConfig()
+    ),
+    "the smallest gives way, target": config(itl_target_s=0.02, preemption=PreemptionConfig()),
+    "restarts beside much room": config(preemption=PreemptionConfig(restart_blocks_per_running=2.5)),
     "blocks of one token": config(num_blocks=120, block_size=1, block_bytes=8),
 }
 

@@ -402,7 +402,7 @@ def test_who_knows_when_each_request_ends_preempts_hardly_anybody() -> None:
         for seed in range(1, 7):
             found[policy] += summarize(simulate(busy(seed), config)[0])["num_preemptions"]
     assert found["clairvoyant"] < found["arriero"] < found["infaas"]
-    assert 10 * found["clairvoyant"] <= found["infaas"]
+    assert 5 * found["clairvoyant"] <= found["infaas"]
 
 
 class Broken:

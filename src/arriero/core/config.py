@@ -77,6 +77,17 @@ class StepConfig:
         _require(self.least_prompt_tokens >= 1, "least_prompt_tokens", self.least_prompt_tokens, "1 or more")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreemptionConfig:
+    """What an instance does when its KV memory has run out, see core/preemption.py."""
+
+    restart_blocks_per_running: float = 1.0  #: stay free, for each running request, where one that has begun goes on
+
+    def __post_init__(self) -> None:
+        kept = self.restart_blocks_per_running
+        _require(0 <= kept < float("inf"), "restart_blocks_per_running", kept, "0 or more")
+
+
 class RebalancingRule(StrEnum):
     """How requests to move are chosen."""
 
@@ -330,6 +341,7 @@ class SchedulerConfig:
     load: LoadConfig = LoadConfig()
     queueing: QueueingConfig | None = None  #: None: a request is bound as it arrives
     rebalancing: RebalancingConfig | None = None  #: None: requests move only on demand
+    preemption: PreemptionConfig | None = None  #: of the instances; None: vLLM's own
     drain: DrainConfig = DrainConfig()
     admission: AdmissionConfig | None = None  #: None: queues have no bound
     scaling: ScalingConfig | None = None  #: None: instances are started and drained on demand

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from arriero.core.config import (
     LoadConfig,
+    PreemptionConfig,
     QueueingConfig,
     QueueTerm,
     RebalancingConfig,
@@ -26,6 +27,7 @@ POLICIES: dict[str, SchedulerConfig] = {
         load=LoadConfig(queue_term=QueueTerm.ALL, load_targets=_TARGETS),
         queueing=QueueingConfig(),
         rebalancing=RebalancingConfig(),
+        preemption=PreemptionConfig(),
     ),
     "llumnix": SchedulerConfig(dispatch_policy="freeness", load=LoadConfig(load_targets=_TARGETS), rebalancing=_PAPER),
     "llumnix_artifact": SchedulerConfig(

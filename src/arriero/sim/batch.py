@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence as ReadOnly
 from dataclasses import dataclass
 
+from arriero.core.preemption import Preemption, Standing
 from arriero.core.types import Phase
 from arriero.sim.blocks import BlockPool
 from arriero.sim.config import SimEngineConfig
@@ -31,8 +32,8 @@ class Batch:
     """The waiting queue, the running list and the rule that moves requests between them.
 
     Running requests go first, in the order of their admission; the waiting ones follow while there are
-    tokens, places and blocks. Who finds no block preempts the last (or least urgent) running request: it
-    is freed, returns to the front of the queue and is computed anew.
+    tokens, places and blocks. Who finds no block preempts the last (or least urgent) running request, or who gives way
+    by `core/preemption.py`: it is freed, returns to the front of the queue and is computed anew.
     """
 
     def __init__(self, config: SimEngineConfig, pool: BlockPool) -> None:
@@ -43,6 +44,7 @@ class Batch:
         self._numbers = itertools.count(1)
         self.num_preemptions = 0
         self.limits = StepLimits(config)
+        self._preemption = Preemption(config.preemption) if config.preemption is not None else None
 
     @property
     def waiting(self) -> ReadOnly[Sequence]:
@@ -117,6 +119,8 @@ class Batch:
             budget += sum(c.num_tokens for c in chunks if c.sequence in victims)
             chunks = [c for c in chunks if c.sequence not in victims]
             if sequence in victims:
+                if self._preemption is not None:
+                    continue
                 break
             self._pool.allocate(sequence.request_id, sequence.num_computed + num_tokens)
             chunks.append(Chunk(sequence, sequence.num_computed, num_tokens))
@@ -132,6 +136,8 @@ class Batch:
         return victims
 
     def _victim(self) -> Sequence:
+        if self._preemption is not None:
+            return self._preemption.victim(self._running, _standing)
         if self._config.priority_scheduling:
             return max(self._running, key=lambda s: (s.job.priority, s.job.arrival_s, s.entry_number))
         return self._running[-1]
@@ -145,14 +151,29 @@ class Batch:
         self.enqueue(victim, front=True)
 
     def _admit_waiting(self, chunks: list[Chunk], budget: int, max_running: int) -> None:
+        rule = self._preemption
         while self._waiting and budget > 0 and len(self._running) < max_running:
-            sequence = self._waiting[0]
-            num_tokens = min(sequence.num_tokens, budget)
-            must_fit = sequence.num_tokens if self._config.admit_whole_prompt else num_tokens
-            if not self._pool.fits(sequence.request_id, must_fit):
+            line = self._waiting[:1] if rule is None else rule.line(self._waiting, _standing)
+            if not any(self._admit(sequence, chunks, budget) for sequence in line):
                 return
-            self._pool.allocate(sequence.request_id, num_tokens)
-            del self._waiting[0]
-            self.run(sequence)
-            chunks.append(Chunk(sequence, 0, num_tokens))
-            budget -= num_tokens
+            budget -= chunks[-1].num_tokens
+
+    def _admit(self, sequence: Sequence, chunks: list[Chunk], budget: int) -> bool:
+        """Start ``sequence`` with up to ``budget`` tokens. Returns whether it fits."""
+        num_tokens = min(sequence.num_tokens, budget)
+        must_fit = sequence.num_tokens if self._config.admit_whole_prompt else num_tokens
+        if self._preemption is not None:
+            num_left = self._preemption.reserve_blocks(_standing(sequence), len(self._running))
+            must_fit += num_left * self._config.block_size
+        if not self._pool.fits(sequence.request_id, must_fit):
+            return False
+        self._pool.allocate(sequence.request_id, num_tokens)
+        self._waiting.remove(sequence)
+        self.run(sequence)
+        chunks.append(Chunk(sequence, 0, num_tokens))
+        return True
+
+
+def _standing(sequence: Sequence) -> Standing:
+    has_begun = sequence.num_preemptions > 0 or bool(sequence.output_token_ids)
+    return Standing(sequence.job.priority, sequence.num_tokens, has_begun)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from arriero.core.config import StepConfig
+from arriero.core.config import PreemptionConfig, StepConfig
 from arriero.core.errors import ConfigError
 from arriero.sim.step_time import StepTimeModel
 from arriero.sim.tokens import DEFAULT_VOCAB_SIZE
@@ -27,6 +27,7 @@ class SimEngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     itl_target_s: float = 0.0  #: see StepConfig
+    preemption: PreemptionConfig | None = None  #: None: vLLM's own
     max_model_len: int = 0  #: 0: what the blocks hold
     vocab_size: int = DEFAULT_VOCAB_SIZE
     priority_scheduling: bool = False  #: lower number sooner; otherwise first come, first served

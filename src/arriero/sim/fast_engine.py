@@ -13,6 +13,7 @@ from dataclasses import replace
 from operator import attrgetter
 
 from arriero.core.errors import ConflictError
+from arriero.core.preemption import Preemption, Standing
 from arriero.core.types import InstanceId, Phase, RequestId
 from arriero.sim.config import SimEngineConfig
 from arriero.sim.fast_sequence import FastSequence, Segment
@@ -49,6 +50,7 @@ class FastEngine:
         self._prefill_first = prefill_first
         self._numbers = 0
         self.limits = StepLimits(config)
+        self._preemption = Preemption(config.preemption) if config.preemption is not None else None
         self._model = config.step_time
         self._linear_ms = replace(config.step_time, c=0, d=0, e=0, host_ms=0, scale=1)
         self._linear: dict[int, float] = {}
@@ -295,6 +297,8 @@ class FastEngine:
                     budget += sum(n for s, n in chunks if s in victims)
                     chunks = [(s, n) for s, n in chunks if s not in victims]
                     if sequence in victims:
+                        if self._preemption is not None:
+                            continue
                         break
                 self.num_free -= missing
                 sequence.num_blocks += missing
@@ -310,12 +314,16 @@ class FastEngine:
         """Preempt until ``missing`` blocks are free, or ``sequence`` itself had to go. Returns the victims."""
         victims: list[FastSequence] = []
         while sequence not in victims and missing > self.num_free:
-            victim = self.running[-1]
-            if self.config.priority_scheduling:
-                victim = max(self.running, key=lambda s: (s.priority, s.arrival_s, s.entry_number))
-            victims.append(victim)
-            self._preempt(victim)
+            victims.append(self._victim())
+            self._preempt(victims[-1])
         return victims
+
+    def _victim(self) -> FastSequence:
+        if self._preemption is not None:
+            return self._preemption.victim(self.running, _standing)
+        if self.config.priority_scheduling:
+            return max(self.running, key=lambda s: (s.priority, s.arrival_s, s.entry_number))
+        return self.running[-1]
 
     def _preempt(self, victim: FastSequence) -> None:
         self.running.remove(victim)
@@ -332,34 +340,42 @@ class FastEngine:
         self.enqueue(victim, front=True)
 
     def _admit_waiting(self, chunks: list[tuple[FastSequence, int]], budget: int) -> None:
-        max_running, size = self.config.max_num_seqs - self.num_places_held, self.block_size
-        whole = self.config.admit_whole_prompt or self._prefill_first
+        max_running, rule = self.config.max_num_seqs - self.num_places_held, self._preemption
         while self.waiting and budget > 0 and len(self.running) < max_running:
-            sequence = self.waiting[0]
-            wanted = sequence.num_prompt + sequence.num_output
-            found, num_found, num_revived = self._look_up(sequence, wanted)
-            computed = num_found * size
-            num_tokens = min(wanted - computed, budget)
-            if self._prefill_first and num_tokens < wanted - computed:
-                if chunks:
-                    return
-                num_tokens = wanted - computed
-            num_blocks = -(-(wanted if whole else computed + num_tokens) // size)
-            if num_blocks - num_found + num_revived > self.num_free:
+            line = self.waiting[:1] if rule is None else rule.line(self.waiting, _standing)
+            if not any(self._admit(sequence, chunks, budget) for sequence in line):
                 return
-            if num_found:
-                assert self.cache is not None
-                assert sequence.share is not None
-                self.num_free -= self.cache.hold(sequence.share, found)
-                sequence.num_blocks, sequence.num_computed = num_found, computed
-                self.num_hit += computed
-            self.num_looked_up += wanted
-            self.allocate(sequence, computed + num_tokens)
-            self.note_computed(sequence, computed + num_tokens)
-            del self.waiting[0]
-            self.run(sequence)
-            chunks.append((sequence, num_tokens))
-            budget -= num_tokens
+            budget -= chunks[-1][1]
+
+    def _admit(self, sequence: FastSequence, chunks: list[tuple[FastSequence, int]], budget: int) -> bool:
+        """Start ``sequence`` with up to ``budget`` tokens. Returns whether it fits."""
+        size, wanted = self.block_size, sequence.num_prompt + sequence.num_output
+        found, num_found, num_revived = self._look_up(sequence, wanted)
+        computed = num_found * size
+        num_tokens = min(wanted - computed, budget)
+        if self._prefill_first and num_tokens < wanted - computed:
+            if chunks:
+                return False
+            num_tokens = wanted - computed
+        whole = self.config.admit_whole_prompt or self._prefill_first
+        num_blocks = -(-(wanted if whole else computed + num_tokens) // size)
+        if self._preemption is not None:
+            num_blocks += self._preemption.reserve_blocks(_standing(sequence), len(self.running))
+        if num_blocks - num_found + num_revived > self.num_free:
+            return False
+        if num_found:
+            assert self.cache is not None
+            assert sequence.share is not None
+            self.num_free -= self.cache.hold(sequence.share, found)
+            sequence.num_blocks, sequence.num_computed = num_found, computed
+            self.num_hit += computed
+        self.num_looked_up += wanted
+        self.allocate(sequence, computed + num_tokens)
+        self.note_computed(sequence, computed + num_tokens)
+        self.waiting.remove(sequence)
+        self.run(sequence)
+        chunks.append((sequence, num_tokens))
+        return True
 
     def _look_up(self, sequence: FastSequence, num_tokens: int) -> tuple[list[int], int, int]:
         """The hit in the prefix cache: blocks by segment, their sum, and how many of them are free now."""
@@ -368,3 +384,8 @@ class FastEngine:
         assert sequence.share is not None
         found, num_revived = self.cache.find(sequence.share.segments, (num_tokens - 1) // self.block_size)
         return found, sum(found), num_revived
+
+
+def _standing(sequence: FastSequence) -> Standing:
+    num_tokens = sequence.num_prompt + sequence.num_output
+    return Standing(sequence.priority, num_tokens, sequence.num_preemptions > 0 or sequence.num_output > 0)

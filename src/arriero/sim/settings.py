@@ -91,3 +91,8 @@ class SimulatorConfig:
             patience_s = max(RecoveryConfig().no_instance_timeout_s, 2 * self.launch_s)
             config = replace(config, no_instance_timeout_s=patience_s)
         return config
+
+    @property
+    def effective_engine(self) -> SimEngineConfig:
+        """An engine as it runs here: what it does when its memory has run out is a part of the policy."""
+        return replace(self.engine, preemption=self.scheduler.preemption)

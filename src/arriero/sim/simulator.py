@@ -90,9 +90,11 @@ class Simulator:
             is_watched=lambda: self.scheduler.num_queued > 0,
         )
 
+        engine = config.effective_engine
+
         def make(instance: InstanceId) -> VirtualInstance:
             return VirtualInstance(
-                FastEngine(config.engine, instance=instance, prefill_first=config.prefill_first),
+                FastEngine(engine, instance=instance, prefill_first=config.prefill_first),
                 self.kernel,
                 network,
                 hooks,

@@ -27,7 +27,7 @@ if __name__ == "__main__":
     report_stage("importing vLLM")
 
 from arriero import __version__
-from arriero.core.config import CopyConfig, MigrationConfig, StepConfig
+from arriero.core.config import CopyConfig, MigrationConfig, PreemptionConfig, StepConfig
 from arriero.core.engine_port import Export
 from arriero.core.errors import ProtocolError
 from arriero.core.llumlet import Llumlet
@@ -46,6 +46,7 @@ from arriero.vllm.compat import (
 )
 from arriero.vllm.copier import Copier
 from arriero.vllm.engine_port import VllmEnginePort
+from arriero.vllm.preemption import rule_memory
 from arriero.vllm.step_limits import limit_steps
 from arriero.vllm.warm_up import time_a_prompt, warm_up
 from arriero.wire import PARKED_WAVE, SNAPSHOT_CALL_ID, decode_message, encode_answer, encode_snapshot
@@ -66,6 +67,7 @@ class EngineSpec:
     migration: MigrationConfig
     copy: CopyConfig
     step: StepConfig
+    preemption: PreemptionConfig | None
     snapshot_interval_s: float
     shm_prefix: str
 
@@ -312,6 +314,7 @@ def run(spec: EngineSpec) -> None:
         engine.open_llumlet()
         report_stage("warming up")
         warm_up(engine)
+        rule_memory(engine, spec.preemption)
         if limit_steps(engine, spec.step, engine.has_moves) is not None:
             time_a_prompt(engine)
         note_shared_memory(Path(spec.input_address.removeprefix("ipc://")).parent, os.getpgid(0))

@@ -40,6 +40,19 @@ def _contained(method: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+def unsupported_cache(scheduler: Any) -> str | None:
+    """Why the blocks of this vLLM scheduler's KV cache are not simply as many as tokens take; None if they are."""
+    groups = scheduler.kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        return f"the model has {len(groups)} KV cache groups (hybrid attention)"
+    kind = type(groups[0].kv_cache_spec).__name__
+    if kind != "FullAttentionSpec":
+        return f"KV cache of kind {kind} cannot be moved block by block"
+    if scheduler.connector is not None:
+        return "a KV connector manages the KV cache"
+    return None
+
+
 class VllmEnginePort:
     """See :class:`arriero.core.engine_port.EnginePort`."""
 
@@ -58,22 +71,11 @@ class VllmEnginePort:
         self.num_preemptions = 0
         self._preempt = self._scheduler._preempt_request
         self._scheduler._preempt_request = self._preempt_and_count
-        self._immovable = copier.unsupported or self._unsupported_cache()
+        self._immovable = copier.unsupported or unsupported_cache(self._scheduler)
 
     def _preempt_and_count(self, *args: Any, **kwargs: Any) -> None:
         self.num_preemptions += 1
         self._preempt(*args, **kwargs)
-
-    def _unsupported_cache(self) -> str | None:
-        groups = self._scheduler.kv_cache_config.kv_cache_groups
-        if len(groups) != 1:
-            return f"the model has {len(groups)} KV cache groups (hybrid attention)"
-        kind = type(groups[0].kv_cache_spec).__name__
-        if kind != "FullAttentionSpec":
-            return f"KV cache of kind {kind} cannot be moved block by block"
-        if self._scheduler.connector is not None:
-            return "a KV connector manages the KV cache"
-        return None
 
     # ------------------------------------------------------------------ source
 

@@ -142,6 +142,7 @@ class InstanceSpecs:
             migration=options.migration,
             copy=options.copy,
             step=options.step,
+            preemption=options.scheduler.preemption,
             snapshot_interval_s=options.scheduler.snapshot_interval_s,
             shm_prefix=f"{self._shm_prefix}-i{instance}",
         )
@@ -159,6 +160,7 @@ class InstanceSpecs:
                 "vocab_size": self._vocab_size,
                 "priority_scheduling": self._by_priority,
                 "itl_target_s": options.step.itl_target_s,
+                "preemption": options.scheduler.preemption,
             },
             "migration": options.migration,
             "copy": options.copy,
