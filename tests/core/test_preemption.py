@@ -12,7 +12,11 @@ from arriero.core.preemption import Preemption, Standing
 
 RULE = Preemption(PreemptionConfig(restart_blocks_per_running=1.5))
 
-standings = st.builds(Standing, st.integers(-2, 2), st.integers(1, 50), st.booleans())
+standings = st.builds(Standing, st.integers(-2, 2), st.integers(1, 50), st.integers(0, 1), st.integers(0, 1))
+
+
+def stands(priority: int, num_tokens: int, num_output: int = 1, num_preemptions: int = 0) -> Standing:
+    return Standing(priority, num_tokens, num_output, num_preemptions)
 
 
 def itself(standing: Standing) -> Standing:
@@ -20,34 +24,39 @@ def itself(standing: Standing) -> Standing:
 
 
 def test_the_smallest_gives_way() -> None:
-    running = [Standing(0, 30, True), Standing(0, 10, True), Standing(0, 20, True)]
+    running = [stands(0, 30), stands(0, 10), stands(0, 20)]
     assert RULE.victim(running, itself) is running[1]
 
 
 def test_of_two_alike_the_last_admitted_gives_way() -> None:
-    of = {"first": Standing(0, 10, True), "second": Standing(0, 10, True), "third": Standing(0, 11, True)}
+    of = {"first": stands(0, 10), "second": stands(0, 10), "third": stands(0, 11)}
     assert RULE.victim(list(of), of.__getitem__) == "second"
 
 
 def test_a_less_urgent_one_gives_way_however_large() -> None:
-    running = [Standing(0, 10, True), Standing(1, 500, True), Standing(-1, 1, True)]
+    running = [stands(0, 10), stands(1, 500), stands(-1, 1)]
     assert RULE.victim(running, itself) is running[1]
 
 
 def test_one_that_has_begun_need_not_wait_for_a_large_one() -> None:
-    line = [Standing(0, 500, True), Standing(0, 10, False), Standing(0, 20, True)]
+    line = [stands(0, 500), stands(0, 10, num_output=0), stands(0, 20)]
     assert list(RULE.line(line, itself)) == [line[0], line[2]]
 
 
 def test_nobody_goes_before_a_more_urgent_one() -> None:
-    line = [Standing(-1, 500, True), Standing(0, 10, True)]
+    line = [stands(-1, 500), stands(0, 10)]
     assert list(RULE.line(line, itself)) == [line[0]]
 
 
+def test_one_that_was_preempted_before_its_first_token_has_begun_too() -> None:
+    line = [stands(0, 500), stands(0, 10, num_output=0, num_preemptions=1)]
+    assert list(RULE.line(line, itself)) == line
+
+
 def test_running_requests_keep_room_where_one_goes_on() -> None:
-    assert RULE.reserve_blocks(Standing(0, 10, True), 3) == 4
-    assert RULE.reserve_blocks(Standing(0, 10, True), 0) == 0, "alone it may take all"
-    assert RULE.reserve_blocks(Standing(0, 10, False), 3) == 0, "a new one was given its place by the scheduler"
+    assert RULE.reserve_blocks(stands(0, 10), 3) == 4
+    assert RULE.reserve_blocks(stands(0, 10), 0) == 0, "alone it may take all"
+    assert RULE.reserve_blocks(stands(0, 10, num_output=0), 3) == 0, "a new one was given its place by the scheduler"
 
 
 @pytest.mark.parametrize("kept", [-0.5, float("inf"), float("nan")])

@@ -21,7 +21,13 @@ class Standing(NamedTuple):
 
     priority: int
     num_tokens: int  #: prompt and output: what is computed anew after a preemption
-    has_begun: bool  #: it was preempted, or tokens of it were delivered
+    num_output: int
+    num_preemptions: int  #: at this instance
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it had a place here already, or its stream has begun and stands still."""
+        return self.num_preemptions > 0 or self.num_output > 0
 
 
 class Preemption:

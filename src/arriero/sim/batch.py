@@ -119,9 +119,9 @@ class Batch:
             budget += sum(c.num_tokens for c in chunks if c.sequence in victims)
             chunks = [c for c in chunks if c.sequence not in victims]
             if sequence in victims:
-                if self._preemption is not None:
-                    continue
-                break
+                if self._preemption is None:
+                    break  # as vLLM does
+                continue
             self._pool.allocate(sequence.request_id, sequence.num_computed + num_tokens)
             chunks.append(Chunk(sequence, sequence.num_computed, num_tokens))
             budget -= num_tokens
@@ -175,5 +175,5 @@ class Batch:
 
 
 def _standing(sequence: Sequence) -> Standing:
-    has_begun = sequence.num_preemptions > 0 or bool(sequence.output_token_ids)
-    return Standing(sequence.job.priority, sequence.num_tokens, has_begun)
+    num_output = len(sequence.output_token_ids)
+    return Standing(sequence.job.priority, sequence.num_tokens, num_output, sequence.num_preemptions)

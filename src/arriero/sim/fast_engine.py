@@ -297,9 +297,9 @@ class FastEngine:
                     budget += sum(n for s, n in chunks if s in victims)
                     chunks = [(s, n) for s, n in chunks if s not in victims]
                     if sequence in victims:
-                        if self._preemption is not None:
-                            continue
-                        break
+                        if self._preemption is None:
+                            break  # as vLLM does
+                        continue
                 self.num_free -= missing
                 sequence.num_blocks += missing
                 if cache is not None:
@@ -387,5 +387,4 @@ class FastEngine:
 
 
 def _standing(sequence: FastSequence) -> Standing:
-    num_tokens = sequence.num_prompt + sequence.num_output
-    return Standing(sequence.priority, num_tokens, sequence.num_preemptions > 0 or sequence.num_output > 0)
+    return Standing(sequence.priority, sequence.num_tokens, sequence.num_output, sequence.num_preemptions)

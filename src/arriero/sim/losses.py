@@ -14,12 +14,12 @@ from functools import partial
 from arriero.core.commands import Command
 from arriero.core.config import RecoveryConfig
 from arriero.core.scheduler import GlobalScheduler
-from arriero.core.types import Dispatchable, InstanceId, InstanceState, MigrationMode
-from arriero.sim.fast_sequence import FastSequence
+from arriero.core.types import InstanceId, InstanceState, MigrationMode
 from arriero.sim.kernel import Kernel
 from arriero.sim.membership import Membership
 from arriero.sim.moves import MoveReport, VirtualMigrations
 from arriero.sim.records import NOWHERE, Record
+from arriero.sim.requests import Requests
 
 
 class Losses:
@@ -32,8 +32,7 @@ class Losses:
         instances: Membership,
         migrations: VirtualMigrations,
         scheduler: GlobalScheduler,
-        facts_of: Callable[[Record], Dispatchable],
-        sequence_of: Callable[[Record], FastSequence],
+        requests: Requests,
         carry_out: Callable[[list[Command]], None],
         launch: Callable[[], None],
     ) -> None:
@@ -41,7 +40,7 @@ class Losses:
         self._instances = instances
         self._migrations = migrations
         self._scheduler = scheduler
-        self._facts_of, self._sequence_of = facts_of, sequence_of
+        self._requests = requests
         self._carry_out = carry_out
         self._launch = launch
         self._retry_s = RecoveryConfig().retry_s
@@ -85,7 +84,7 @@ class Losses:
             self._begin(record)
 
     def _begin(self, record: Record) -> None:
-        facts, done = self._facts_of(record), record.num_kept
+        facts, done = self._requests.facts(record.request_id, record.arrival), record.num_kept
         facts = replace(
             facts,
             num_prompt_tokens=facts.num_prompt_tokens + done,
@@ -100,7 +99,7 @@ class Losses:
 
     def place(self, record: Record, destination: InstanceId) -> None:
         """The scheduler has chosen an instance for a replay."""
-        origin = self._sequence_of(record)
+        origin = self._requests.sequence(record.request_id, record.arrival)
         origin.num_output = record.num_kept
         self._migrations.start(record, origin, None, destination, MigrationMode.RECOMPUTE, "instance lost")
 

@@ -10,7 +10,7 @@ from typing import Any
 from arriero.core.commands import Command, Dispatch, Drain, Launch, Move, PolicyFailed, Reject, Stop
 from arriero.core.errors import ProtocolError
 from arriero.core.pace import StepPace
-from arriero.core.types import Dispatchable, InstanceId, RequestId
+from arriero.core.types import InstanceId, RequestId
 from arriero.observe.decisions import make_scheduler
 from arriero.observe.events import EventLog, known
 from arriero.sim.fast_engine import FastEngine
@@ -22,12 +22,12 @@ from arriero.sim.losses import Losses
 from arriero.sim.membership import Membership
 from arriero.sim.moves import MoveReport, VirtualMigrations
 from arriero.sim.network import Network
-from arriero.sim.prefix_cache import Share, prompt_segments
 from arriero.sim.records import Record
+from arriero.sim.requests import Requests
 from arriero.sim.samples import Sample, take_sample
 from arriero.sim.settings import BLIND, CLAIRVOYANT, SimulatorConfig, engine_config, scheduler_config
 from arriero.sim.virtual_instance import InstanceHooks, VirtualInstance
-from arriero.workload.workload import PREFIX_BLOCK_TOKENS, Arrival, Workload
+from arriero.workload.workload import Arrival, Workload
 
 __all__ = [
     "CLAIRVOYANT",
@@ -73,6 +73,7 @@ class Simulator:
         self.moves: list[MoveReport] = []
         self.samples: list[Sample] = []
         self._arrivals: Sequence[Arrival] = workload.arrivals
+        self._requests = Requests(config)
         self._on_progress = on_progress
         self._num_arrived, self._num_ended, self._end_s = 0, 0, 0.0
         rebalancing = config.scheduler.rebalancing
@@ -90,11 +91,9 @@ class Simulator:
             is_watched=lambda: self.scheduler.num_queued > 0,
         )
 
-        engine = config.effective_engine
-
         def make(instance: InstanceId) -> VirtualInstance:
             return VirtualInstance(
-                FastEngine(engine, instance=instance, prefill_first=config.prefill_first),
+                FastEngine(config.effective_engine, instance=instance, prefill_first=config.prefill_first),
                 self.kernel,
                 network,
                 hooks,
@@ -120,8 +119,7 @@ class Simulator:
             instances=self.instances,
             migrations=self.migrations,
             scheduler=self.scheduler,
-            facts_of=self._facts_of,
-            sequence_of=self._sequence_of,
+            requests=self._requests,
             carry_out=self._carry_out,
             launch=self._launch,
         )
@@ -162,16 +160,13 @@ class Simulator:
         self.records[record.request_id] = record
         if self._num_arrived < len(self._arrivals):
             self.kernel.at(self._arrivals[self._num_arrived].arrival_s, self._arrive)
-        if self._is_too_long(arrival):
-            longest = self.config.engine.max_model_len
-            self._reject(
-                record,
-                f"{arrival.prompt_tokens} + {arrival.output_tokens} tokens are more than max_model_len={longest}",
-            )
+        if (reason := self._requests.why_not(arrival)) is not None:
+            self._reject(record, reason)
             return
         self._collect_snapshots(self.kernel.now)
         was_watched = self.scheduler.num_queued > 0
-        self._carry_out(self.scheduler.arrived(self._facts_of(record), self.kernel.now))
+        facts = self._requests.facts(record.request_id, arrival)
+        self._carry_out(self.scheduler.arrived(facts, self.kernel.now))
         if self.scheduler.num_queued and not was_watched:
             for instance in self.instances.present():
                 instance.watch()
@@ -179,35 +174,9 @@ class Simulator:
     def _foretell(self, number: int) -> None:
         """Who knows the future hears of an arrival within the horizon."""
         arrival = self._arrivals[number]
-        if not self._is_too_long(arrival):
-            facts = self._facts_of(Record(f"r{number}", arrival))
+        if self._requests.why_not(arrival) is None:
+            facts = self._requests.facts(f"r{number}", arrival)
             self._carry_out(self.scheduler.foretold(facts, arrival.arrival_s, self.kernel.now))
-
-    def _is_too_long(self, arrival: Arrival) -> bool:
-        return arrival.prompt_tokens + arrival.output_tokens > self.config.engine.max_model_len
-
-    def _facts_of(self, record: Record) -> Dispatchable:
-        """What the scheduler is told of a request that is new."""
-        arrival = record.arrival
-        hashes: tuple[int, ...] = ()
-        if self.config.engine.prefix_caching:
-            hashes = tuple(arrival.prefix_ids())
-        return Dispatchable(
-            request_id=record.request_id,
-            num_prompt_tokens=arrival.prompt_tokens,
-            max_tokens=self._max_tokens(arrival),
-            priority=arrival.priority,
-            ttft_target_s=arrival.ttft_target_s,
-            block_hashes=hashes,
-            num_hashed_tokens=min(arrival.prompt_tokens, len(hashes) * PREFIX_BLOCK_TOKENS),
-        )
-
-    def _max_tokens(self, arrival: Arrival) -> int:
-        queueing = self.config.scheduler.queueing
-        if queueing is not None and queueing.trusts_max_tokens:
-            return arrival.output_tokens  # what nobody but a clairvoyant knows
-        longest = self.config.engine.max_model_len - arrival.prompt_tokens
-        return min(arrival.max_tokens, longest) if arrival.max_tokens else longest
 
     def _reject(self, record: Record, reason: str) -> None:
         record.rejected = reason
@@ -268,7 +237,7 @@ class Simulator:
             instance=instance,
             arrival_s=arrival.arrival_s,
             prompt_tokens=arrival.prompt_tokens,
-            max_tokens=self._max_tokens(arrival),
+            max_tokens=self._requests.max_tokens(arrival),
             priority=arrival.priority,
             **known(ttft_target_s=arrival.ttft_target_s),
         )
@@ -276,23 +245,7 @@ class Simulator:
             self._losses.place(record, instance)
             return
         record.dispatch_s, record.instance = self.kernel.now, instance
-        self.instances[instance].add(self._sequence_of(record))
-
-    def _sequence_of(self, record: Record) -> FastSequence:
-        """The request, as an instance gets it anew."""
-        arrival = record.arrival
-        return FastSequence(
-            record.request_id,
-            arrival.prompt_tokens,
-            arrival.output_tokens,
-            arrival.priority,
-            arrival.arrival_s,
-            share=self._share(arrival),
-        )
-
-    def _share(self, arrival: Arrival) -> Share | None:
-        engine = self.config.engine
-        return Share(prompt_segments(arrival, engine.block_size)) if engine.prefix_caching else None
+        self.instances[instance].add(self._requests.sequence(record.request_id, arrival))
 
     def _move(self, move: Move) -> None:
         record, now = self.records[move.request_id], self.kernel.now

@@ -8,7 +8,7 @@ vLLM preempts by its own rule.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +34,7 @@ class MemoryRules:
         scheduler = self._scheduler
         if scheduler._pause_state != PauseState.UNPAUSED:
             return self._schedule(*args, **kwargs)
-        some_wait = any(map(_has_begun, scheduler.waiting))
+        some_wait = any(_standing(r).has_begun for r in scheduler.waiting)
         if not some_wait and not self._may_lack():
             return self._schedule(*args, **kwargs)
         lacking = self._lacking()
@@ -74,7 +74,7 @@ class MemoryRules:
         return found
 
     def _make_room(self, lacking: dict[Request, int], missing: int) -> bool:
-        """Preempt until no more than ``missing`` blocks less are taken or free. Returns whether anybody was."""
+        """Preempt until ``missing`` blocks more are free, or no longer lacking. Returns whether anybody was."""
         scheduler, now = self._scheduler, time.monotonic()
         candidates = [r for r in scheduler.running if scheduler._request_blocks_can_be_freed(r)]
         preempted = False
@@ -102,7 +102,7 @@ class MemoryRules:
                 if num_blocks + kept <= num_free:
                     break
             else:
-                if not _has_begun(line[0]):
+                if not _standing(line[0]).has_begun:
                     found.append(line[0])  # a hit in the prefix cache may have it fit
                 break
             found.append(request)
@@ -119,23 +119,15 @@ class MemoryRules:
             yield
         finally:
             scheduler.waiting = queue
-            left = set(shown)
-            queue.remove_requests({r for r in starters if r not in left})
-            for request in reversed(_without(shown, starters)):  # preempted by vLLM itself
-                queue.prepend_request(request)
-
-
-def _without(requests: Iterable[Request], others: Iterable[Request]) -> list[Request]:
-    known = set(others)
-    return [r for r in requests if r not in known]
-
-
-def _has_begun(request: Request) -> bool:
-    return bool(request.num_preemptions or request.num_output_tokens)
+            left, known = list(shown), set(starters)
+            queue.remove_requests(known.difference(left))
+            for request in reversed(left):
+                if request not in known:  # preempted by vLLM itself
+                    queue.prepend_request(request)
 
 
 def _standing(request: Request) -> Standing:
-    return Standing(request.priority, request.num_tokens, _has_begun(request))
+    return Standing(request.priority, request.num_tokens, request.num_output_tokens, request.num_preemptions)
 
 
 def rule_memory(engine: Any, config: PreemptionConfig | None) -> MemoryRules | None:
