@@ -409,6 +409,16 @@ def test_who_knows_when_each_request_ends_preempts_hardly_anybody() -> None:
     assert 8 * loss_s["clairvoyant"] <= loss_s["infaas"]
 
 
+@pytest.mark.parametrize(("policy", "victim"), [("arriero", "r0"), ("clairvoyant", None), ("infaas", "r1")])
+def test_who_gives_way_is_a_part_of_the_policy(policy: str, victim: str | None, tmp_path: Path) -> None:
+    """The smallest, or the last as in vLLM; who knows that both will not fit lets one wait."""
+    config = SimulatorConfig(engine=engine(num_blocks=30), scheduler=scheduler_config(policy, horizon_s=0.0))
+    log = tmp_path / "log"
+    simulate([Arrival(0.0, 64, 160), Arrival(0.0, 200, 160)], config, log)
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert next((e["request"] for e in events if e.get("event") == "preempt"), None) == victim
+
+
 class Broken:
     """A user's policy with a mistake."""
 

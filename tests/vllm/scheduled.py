@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -36,9 +38,11 @@ class Engine:
         """What knows the grammars."""
         return self.scheduler.structured_output_manager
 
-    def add(self, name: str, num_tokens: int, max_tokens: int) -> None:
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        self.scheduler.add_request(Request(name, list(range(num_tokens)), params, None))
+    def add(self, name: str, num_tokens: int, max_tokens: int, priority: int = 0, first: int = 0) -> None:
+        """``first``: token of the prompt, which counts on from there."""
+        params, prompt = SamplingParams(max_tokens=max_tokens, ignore_eos=True), list(range(first, first + num_tokens))
+        hasher = get_request_block_hasher(BLOCK, sha256)
+        self.scheduler.add_request(Request(name, prompt, params, None, priority=priority, block_hasher=hasher))
 
     def step_outputs(self) -> list[Any]:
         """A step; returns what the client is told."""
@@ -67,9 +71,11 @@ class Engine:
 
 def make_engine(*, overlapping: bool = False, num_blocks: int = 2000, **flags: Any) -> Engine:
     """An engine of the bundled model's configuration."""
+    init_none_hash(sha256)
     flags = {"max_model_len": 8192, "max_num_batched_tokens": 4096, "max_num_seqs": 8, "block_size": BLOCK} | flags
+    flags = {"enable_prefix_caching": False} | flags
     config = AsyncEngineArgs(
-        model=str(ensure_bundled_model()), async_scheduling=overlapping, enable_prefix_caching=False, **flags
+        model=str(ensure_bundled_model()), async_scheduling=overlapping, **flags
     ).create_engine_config()
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
     cache = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])

@@ -96,16 +96,86 @@ def test_a_new_request_behind_the_preempted_keeps_its_place() -> None:
     assert [r.request_id for r in engine.scheduler.waiting] == ["small", "new", "tiny"]
 
 
+def test_nobody_starts_in_a_step_for_which_somebody_gave_way() -> None:
+    """As in vLLM: who runs is served first, and what is left is seen in the next step."""
+    engine = _ruled(num_blocks=1 + 12, max_model_len=12 * BLOCK, scheduling_policy="priority")
+    engine.add("small", 4 * BLOCK - 8, 5 * BLOCK)
+    engine.add("large", 7 * BLOCK, 5 * BLOCK)
+    engine.step()
+    engine.add("urgent", 2 * BLOCK, 5, priority=-1)
+    while not _preempted(engine):
+        step = engine.step()
+    assert step == {"large": 1}
+    assert "urgent" in engine.step()
+
+
 def test_a_paused_engine_preempts_nobody() -> None:
     engine = _ruled(num_blocks=1 + 12, max_model_len=12 * BLOCK)
     engine.add("small", 2 * BLOCK, 5 * BLOCK)
     engine.add("large", 6 * BLOCK, 5 * BLOCK)
-    while engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks():
+    scheduler, pool = engine.scheduler, engine.scheduler.kv_cache_manager.block_pool
+    while pool.get_num_free_blocks() or all(r.num_tokens % BLOCK != 1 for r in scheduler.running):
         engine.step()
-    engine.scheduler.set_pause_state(PauseState.PAUSED_ALL)
-    for _ in range(3 * BLOCK):
-        assert not engine.step()
+    scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    assert not engine.step()
     assert not _preempted(engine)
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    engine.step()
+    assert _preempted(engine) == {"small"}, "it was about to"
+
+
+def test_whom_vllm_preempts_itself_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nothing of what the step takes were foreseen."""
+    engine = make_engine(num_blocks=1 + 16, max_model_len=16 * BLOCK)
+    rules = rule_memory(engine, PreemptionConfig())
+    assert rules is not None
+    for name, num_blocks in (("small", 2), ("large", 6), ("last", 3)):
+        engine.add(name, num_blocks * BLOCK, 6 * BLOCK)
+    assert _run_until_preempted(engine) == {"small"}, "so somebody who has begun waits, and the queue is not vLLM's"
+    monkeypatch.setattr(rules, "_lacking", dict)
+    while "last" not in _preempted(engine):
+        engine.step()
+    assert [r.request_id for r in engine.scheduler.waiting] == ["last", "small"]
+    while engine.scheduler.requests:
+        engine.step()
+
+
+def test_nobody_gives_way_to_a_request_whose_last_token_is_under_way() -> None:
+    """With two steps under way, "ends" would take a block in the next one, if there were one."""
+    engine = _ruled(num_blocks=1 + 4, max_model_len=4 * BLOCK, overlapping=True)
+    engine.add("stays", 2 * BLOCK + 1, BLOCK - 3)
+    engine.add("ends", 10, 7)
+    planned = [engine.scheduler.schedule()]
+    while engine.scheduler.requests:
+        planned.append(engine.scheduler.schedule())
+        engine.finish(planned.pop(0))
+        assert not _preempted(engine)
+
+
+def test_nobody_gives_way_to_a_prompt_whose_next_part_fits() -> None:
+    engine = _ruled(num_blocks=1 + 14, max_model_len=14 * BLOCK, long_prefill_token_threshold=BLOCK)
+    engine.add("grows", 6 * BLOCK - 8, 100)
+    for _ in range(6):
+        engine.step()
+    engine.add("long", 8 * BLOCK, 5)
+    for _ in range(4):
+        assert engine.step() == {"grows": 1, "long": BLOCK}
+    assert not _preempted(engine)
+
+
+def test_a_new_request_at_the_head_starts_if_its_prefix_is_in_the_cache() -> None:
+    """Its prompt alone would not fit, and somebody who has begun waits, for whom there is no room."""
+    engine = _ruled(num_blocks=1 + 12, max_model_len=12 * BLOCK, enable_prefix_caching=True)
+    scheduler = engine.scheduler
+    engine.add("stays", 7 * BLOCK, 100)
+    engine.add("other", 3 * BLOCK, 100, first=1000)
+    engine.step()
+    scheduler.running.remove(scheduler.requests["other"])
+    scheduler._preempt_request(scheduler.requests["other"], 0.0)
+    engine.add("alike", 7 * BLOCK + 4, 5)
+    scheduler.waiting.remove_requests([scheduler.requests["alike"]])
+    scheduler.waiting.prepend_request(scheduler.requests["alike"])
+    assert "alike" in engine.step()
 
 
 @pytest.mark.parametrize("overlapping", [False, True])
@@ -154,9 +224,17 @@ def test_the_simulated_engine_takes_the_same_steps(seed: int, policy: str, token
     )
     for number in range(25):
         name, prompt, output = f"r{number}", rng.randint(1, 6 * BLOCK), rng.randint(1, 6 * BLOCK)
-        engine.add(name, prompt, output)
+        priority = rng.randint(-1, 1) if policy == "priority" else 0
+        engine.add(name, prompt, output, priority)
         simulated.add(
-            Job(request_id=name, prompt_token_ids=range(prompt), max_tokens=output, ignore_eos=True, arrival_s=number)
+            Job(
+                request_id=name,
+                prompt_token_ids=range(prompt),
+                max_tokens=output,
+                ignore_eos=True,
+                priority=priority,
+                arrival_s=number,
+            )
         )
     now, num_preemptions = 0.0, 0
     while simulated.has_requests:

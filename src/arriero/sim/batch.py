@@ -154,9 +154,12 @@ class Batch:
         rule = self._preemption
         while self._waiting and budget > 0 and len(self._running) < max_running:
             line = self._waiting[:1] if rule is None else rule.line(self._waiting, _standing)
-            if not any(self._admit(sequence, chunks, budget) for sequence in line):
+            for sequence in line:
+                if self._admit(sequence, chunks, budget):
+                    budget -= chunks[-1].num_tokens
+                    break
+            else:
                 return
-            budget -= chunks[-1].num_tokens
 
     def _admit(self, sequence: Sequence, chunks: list[Chunk], budget: int) -> bool:
         """Start ``sequence`` with up to ``budget`` tokens. Returns whether it fits."""

@@ -343,9 +343,12 @@ class FastEngine:
         max_running, rule = self.config.max_num_seqs - self.num_places_held, self._preemption
         while self.waiting and budget > 0 and len(self.running) < max_running:
             line = self.waiting[:1] if rule is None else rule.line(self.waiting, _standing)
-            if not any(self._admit(sequence, chunks, budget) for sequence in line):
+            for sequence in line:
+                if self._admit(sequence, chunks, budget):
+                    budget -= chunks[-1][1]
+                    break
+            else:
                 return
-            budget -= chunks[-1][1]
 
     def _admit(self, sequence: FastSequence, chunks: list[tuple[FastSequence, int]], budget: int) -> bool:
         """Start ``sequence`` with up to ``budget`` tokens. Returns whether it fits."""

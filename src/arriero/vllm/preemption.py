@@ -78,7 +78,7 @@ class MemoryRules:
         scheduler, now = self._scheduler, time.monotonic()
         candidates = [r for r in scheduler.running if scheduler._request_blocks_can_be_freed(r)]
         preempted = False
-        while missing > 0 and candidates and len(scheduler.running) > 1:
+        while missing > 0 and candidates:
             victim = self._rule.victim(candidates, _standing)
             candidates.remove(victim)
             before = self._pool.get_num_free_blocks()
