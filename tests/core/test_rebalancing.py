@@ -380,6 +380,17 @@ def test_a_copy_that_would_end_after_memory_has_run_out_is_not_begun() -> None:
     assert len(rebalancer.round(view_of(snapshot(0.2), instance(1)), {}, 100.0)) == 1
 
 
+def test_small_moves_in_the_past_do_not_keep_a_large_request_from_leaving() -> None:
+    """They took their time for messages and steps; an idle instance beside one that preempts would be absurd."""
+    rebalancer = Rebalancer(CONFIG)
+    for num_blocks in (2, 9, 4, 6):
+        rebalancer.started("past", instance(0, request("past", blocks=num_blocks)), 0.0)
+        rebalancer.moved("past", 0.2 + 0.01 * num_blocks, ok=True)
+        rebalancer.ended("past")
+    crowded = replace(instance(0, request("a", blocks=40), request("b", blocks=56)), step_s=0.025)
+    assert len(rebalancer.round(view_of(crowded, instance(1)), {}, 100.0)) == 1, "0.6 s of the 0.8 that are left"
+
+
 @given(clusters, configs)
 def test_relief_lowers_the_predicted_imbalance(
     snapshots: tuple[InstanceSnapshot, ...], config: RebalancingConfig

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from arriero.core.commands import Move
 from arriero.core.config import RebalancingConfig, RebalancingRule
 from arriero.core.rebalancing.context import Round
+from arriero.core.rebalancing.copy_time import CopyTime
 from arriero.core.rebalancing.pairing import pair
 from arriero.core.rebalancing.paper import paper_moves
 from arriero.core.rebalancing.relief import relief_moves
@@ -20,8 +21,6 @@ RULES: dict[RebalancingRule, Callable[[Round], list[Move]]] = {
     RebalancingRule.RELIEF: relief_moves,
 }
 
-_KEPT = 0.8  # of what was learned, with each new copy
-
 
 class Rebalancer:
     """One round after the other; remembers who has moved, and learns how long copies take."""
@@ -30,7 +29,7 @@ class Rebalancer:
         self._config = config
         self._rested_at: dict[RequestId, float] = {}
         self._started: dict[RequestId, tuple[float, int]] = {}  # when, and its blocks
-        self._copies = (0.0, 0.0)  # seconds and blocks of the past ones, the newest counting most
+        self._copy_time = CopyTime()
 
     # ------------------------------------------------------------------ what it learns from
 
@@ -43,9 +42,8 @@ class Rebalancer:
     def moved(self, request_id: RequestId, now: float, *, ok: bool) -> None:
         """It ended; the request stays where it is for a while."""
         started_s, num_blocks = self._started.pop(request_id, (now, 0))
-        if ok and num_blocks:  # by the sums, since a small copy says nothing of the time for a block
-            seconds, blocks = self._copies
-            self._copies = (_KEPT * seconds + now - started_s, _KEPT * blocks + num_blocks)
+        if ok and num_blocks:
+            self._copy_time.learn(num_blocks, now - started_s)
         self._rested_at[request_id] = now
 
     def ended(self, request_id: RequestId) -> None:
@@ -67,7 +65,6 @@ class Rebalancer:
         for ends in moving.values():
             for instance in ends:
                 busy[instance] = busy.get(instance, 0) + 1
-        seconds, blocks = self._copies
         return RULES[config.rule](
             Round(
                 view=view,
@@ -81,7 +78,7 @@ class Rebalancer:
                 moving=moving.keys(),
                 resting={r for r, t in self._rested_at.items() if now - t < config.cooldown_s},
                 now=now,
-                copy_s_per_block=seconds / blocks if blocks else 0.0,
+                copy_time=self._copy_time,
                 source=source,
             )
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 from arriero.core.config import RebalancingConfig
+from arriero.core.rebalancing.copy_time import CopyTime
 from arriero.core.types import InstanceId, InstanceSnapshot, Phase, RequestId, RequestSnapshot
 from arriero.core.view import ClusterView
 
@@ -20,7 +21,7 @@ class Round:
     moving: Set[RequestId]  #: they move already
     resting: Set[RequestId]  #: moved a moment ago: their KV cache is not copied again yet
     now: float
-    copy_s_per_block: float  #: learned from past moves; 0 before the first
+    copy_time: CopyTime  #: learned from past moves
     source: InstanceId | None = None  #: only this one gives; None: all may
 
     def gives(self, instance: InstanceId) -> bool:

@@ -171,8 +171,8 @@ def _most_that_pays(this: Round, need: Need) -> float:
     """Blocks whose copy ends before the need does: a long context whose copy takes longer than the time until memory
     runs out prevents nothing, and its copy slows two instances.
     """
-    if need.urgency < 0 or math.isinf(need.urgency) or not this.copy_s_per_block:
+    if need.urgency < 0 or math.isinf(need.urgency):
         return math.inf
     snapshot = this.snapshot(need.instance)
     left_s = need.urgency * snapshot.block_size * snapshot.step_s
-    return max(left_s, this.config.interval_s) / this.copy_s_per_block
+    return this.copy_time.most_blocks(max(left_s, this.config.interval_s))
