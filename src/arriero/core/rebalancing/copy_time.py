@@ -29,7 +29,7 @@ class CopyTime:
         self._xy = _KEPT * self._xy + num_blocks * seconds
 
     def most_blocks(self, seconds: float) -> float:
-        """The largest move that ends within ``seconds``; infinity before the first was seen, or if size costs nothing."""
+        """The largest move that ends within ``seconds``; infinity before the first was seen, or where size is free."""
         if not self._n:
             return math.inf
         fixed, per_block = self._line()
