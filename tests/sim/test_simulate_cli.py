@@ -159,6 +159,7 @@ def test_the_profiles_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         ([AZURE, "--plot", "a.svg"], "--plot a.svg: the name must end with .png or .html"),
         ([AZURE, "--plot", "/no/such/a.png"], "there is no folder /no/such"),
         ([AZURE, "--profile", "none.json"], "profile none.json cannot be read"),
+        (["M-M", "--rate", "2"], "there is no file M-M: for the class of that name say --workload M-M"),
         ([AZURE, "--workload", "S-S"], "give either a trace or --workload"),
         ([AZURE, "--rate", "2"], "--rate 2.0 is for --workload"),
         (["--workload", "S-S"], "needs --rate"),

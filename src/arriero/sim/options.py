@@ -85,6 +85,8 @@ def require_one_source(args: argparse.Namespace) -> None:
     if (args.trace is None) == (args.workload is None):
         raise ConfigError("give either a trace or --workload CLASS")
     if args.trace is not None:
+        if str(args.trace) in CLASSES and not args.trace.exists():
+            raise ConfigError(f"there is no file {args.trace}: for the class of that name say --workload {args.trace}")
         for name in ("cv", "high_priority"):
             if getattr(args, name) is not None:
                 flag = "--" + name.replace("_", "-")
