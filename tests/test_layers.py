@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"arriero", "arriero.core"}),
-    frozenset({"arriero.wire"}),
+    frozenset({"arriero.wire", "arriero.tables"}),
     frozenset({"arriero.frontend", "arriero.launch", "arriero.transport", "arriero.observe"})
     | {"arriero.workload", "arriero.dashboard"},
     frozenset({"arriero.vllm", "arriero.sim", "arriero.bench", "arriero.model", "arriero.chaos"}),

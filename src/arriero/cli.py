@@ -10,7 +10,6 @@ from urllib.parse import quote
 
 import httpx
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from arriero import __version__
@@ -18,6 +17,7 @@ from arriero.core.types import MigrationMode
 from arriero.observe import parity
 from arriero.sim import cli as simulation
 from arriero.sim import sweep_cli as sweep
+from arriero.tables import output
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -177,7 +177,7 @@ def _status(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"instances": instances, "requests": requests}, indent=2))
         return 0
-    console = Console()
+    console = output()
     for instance in instances:
         instance["note"] = _note(instance)
     console.print(_table("instances", INSTANCE_COLUMNS, instances, console.width))

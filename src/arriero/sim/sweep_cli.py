@@ -9,9 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from arriero.core.errors import ArrieroError, ConfigError
 from arriero.sim.options import (
@@ -27,6 +25,7 @@ from arriero.sim.plots import check_plot_file
 from arriero.sim.simulator import Simulator
 from arriero.sim.sweep import Point, Sweep, Targets, as_json, fewest_instances, highest_rate, judge
 from arriero.sim.sweep_plot import plot_sweeps
+from arriero.tables import print_table
 from arriero.workload.workload import Workload
 
 
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"policies": {policy: as_json(sweep) for policy, sweep in sweeps.items()}}, indent=2))
     else:
-        Console().print(_table(args, sweeps, targets, by_rate=by_rate))
+        _print_table(args, sweeps, targets, by_rate=by_rate)
     return 0 if all(sweep.best for sweep in sweeps.values()) else 1
 
 
@@ -153,17 +152,15 @@ def _title(args: argparse.Namespace, by_rate: bool) -> str:
     return f"{what}{at} on {args.profile}: the fewest instances"
 
 
-def _table(args: argparse.Namespace, sweeps: Mapping[str, Sweep], targets: Targets, *, by_rate: bool) -> Table:
+def _print_table(args: argparse.Namespace, sweeps: Mapping[str, Sweep], targets: Targets, *, by_rate: bool) -> None:
     bounds = [f"{n} <= {b:g} s" for n, b in (("TTFT", targets.ttft_s), ("TPOT", targets.tpot_s)) if b is not None]
     level = f"P{targets.percentile:g}"
-    table = Table(
-        title=f"{_title(args, by_rate)} with {level} {', '.join(bounds)}", title_justify="left", box=SIMPLE_HEAD
-    )
-    for name in ("policy", "requests / s" if by_rate else "instances", f"{level} TTFT s", f"{level} TPOT s", "tried"):
-        table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
+    headings = ("policy", "requests / s" if by_rate else "instances", f"{level} TTFT s", f"{level} TPOT s", "tried")
+    rows = []
     for policy, sweep in sweeps.items():
         shown = sweep.best or sweep.points[-1]
         found = f"{shown.rate:.4g}" if by_rate else str(shown.num_instances)
         found = found if sweep.best else f"none; at {found}:"
-        table.add_row(policy, found, f"{shown.ttft_s:.4g}", f"{shown.tpot_s:.4g}", str(len(sweep.points)))
-    return table
+        rows.append((policy, found, f"{shown.ttft_s:.4g}", f"{shown.tpot_s:.4g}", str(len(sweep.points))))
+    title = f"{_title(args, by_rate)} with {level} {', '.join(bounds)}"
+    print_table(title, headings, rows)

@@ -21,16 +21,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from vllm.platforms import current_platform
 
 from arriero.core.errors import ConfigError
 from arriero.launch.placement import split_cores
 from arriero.sim.fit import FitErrors, StepPoint, fit_step_time
 from arriero.sim.profiles import Profile, write_profile
+from arriero.tables import output, print_table
 from arriero.vllm import compat
 from arriero.vllm.arguments import ServeOptions, parse
 from arriero.vllm.compat import EngineCore, Executor, SamplingParams
@@ -299,16 +298,15 @@ def main(argv: list[str]) -> int:
 
 def _show(profile: Profile, points: Sequence[StepPoint], errors: FitErrors) -> None:
     model = profile.step_time
-    table = Table(title=f"{profile.name}: ms of a step", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("kind", "new tokens", "before", "sequences", "context", "measured", "fitted", "error %"):
-        table.add_column(name, justify="left" if name == "kind" else "right")
+    headings = ("kind", "new tokens", "before", "sequences", "context", "measured", "fitted", "error %")
+    rows = []
     for p in points:
         fitted = model.step_ms(p.prefills, p.num_decodes, p.context_tokens)
         new, before = p.prefills[0] if p.prefills else ("", "")
         numbers = (f"{p.ms:.2f}", f"{fitted:.2f}", f"{100 * (fitted / p.ms - 1):+.1f}")
-        table.add_row(p.kind, str(new), str(before), str(p.num_decodes), str(p.context_tokens), *numbers)
-    console = Console()
-    console.print(table)
+        rows.append((p.kind, str(new), str(before), str(p.num_decodes), str(p.context_tokens), *numbers))
+    print_table(f"{profile.name}: ms of a step", headings, rows)
+    console = output()
     a, b, c, d, e = model.a, model.b, model.c, model.d, model.e
     console.print(
         f"t = max({model.a_mem:.4g}, {a:.4g} + {b:.4g} (P+B)) + {c:.4g} sum P (C + P/2) + {d:.4g} B + {e:.4g} S"
