@@ -145,7 +145,9 @@ def main() -> int:
     """Read, draw, write."""
     result = json.loads(Path("results/policies.json").read_text(encoding="utf-8"))
     draw(result, Path("docs/img"))
-    Path("docs/benchmarks.md").write_text(page(result, "make bench-policies"), encoding="utf-8")
+    seeds = " ".join(str(seed) for seed in sorted({s["seed"] for s in result["samples"]}))
+    command = f'make bench-policies ARGS="--seeds {seeds}"'
+    Path("docs/benchmarks.md").write_text(page(result, command), encoding="utf-8")
     return 0
 
 
