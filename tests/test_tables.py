@@ -61,6 +61,11 @@ def test_a_table_without_rows_shows_its_headings(capsys: pytest.CaptureFixture[s
     assert lines(capsys) == [["system", "note"]]
 
 
+def test_a_table_of_names_alone_has_its_title(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("some title", ["name"], [["a"], ["b"]])
+    assert capsys.readouterr().out.splitlines()[0] == "some title", "it is wider than the table"
+
+
 def test_columns_says_how_wide_standard_output_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert output().width > 1000
     monkeypatch.setenv("COLUMNS", "77")

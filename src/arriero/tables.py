@@ -30,8 +30,9 @@ def print_table(
     """
     console = output()
     columns = [[_heading(h, [row[n] for row in rows]), *(row[n] for row in rows)] for n, h in enumerate(headings)]
+    console.print(title, style="italic", highlight=False, soft_wrap=True)
     for part, width in _parts(columns, console.width):
-        table = Table(title=title if 1 in part else None, title_justify="left", box=SIMPLE_HEAD)
+        table = Table(box=SIMPLE_HEAD)
         for number in part:
             is_left = number == 0 or headings[number] in left
             table.add_column(columns[number][0], justify="left" if is_left else "right", no_wrap=True)
