@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from arriero.bench import race
-from arriero.bench.inside import preemptions
+from arriero.bench.client import Client
+from arriero.bench.inside import EventWatch, SpeedWatch, beside, seen_inside
 from arriero.bench.race import Plan, common_seeds, kept_samples, least_stalled, summarise, targets_of, workload_of
 from arriero.bench.systems import ARRIERO, GROUPS, SYSTEMS, VLLM_DP
 from arriero.core.errors import ArrieroError
@@ -25,7 +27,7 @@ def request(ttft_s: float = 1.0, silence_s: float = 1.0) -> dict[str, float]:
 
 def sample(system: str, seed: int, *requests: dict[str, float], **fields: Any) -> dict[str, Any]:
     sample = {"system": system, "seed": seed, "requests": list(requests), "num_preemptions": 0, "duration_s": 10.0}
-    sample["machine_stalled_s"] = 0.0
+    sample |= {"machine_stalled_s": 0.0, "machine_speed": 400.0}
     return sample | fields
 
 
@@ -99,29 +101,82 @@ def test_without_another_system_nothing_is_claimed() -> None:
     assert targets_of(summarise([sample(ARRIERO, 1, request())])) == []
 
 
-def instance(number: int, used: int, preempted: int) -> dict[str, Any]:
-    return {"id": number, "blocks_used": used, "blocks_total": 46, "block_size": 128, "preemptions": preempted}
+def event(seq: int, name: str, **fields: Any) -> dict[str, Any]:
+    return {"seq": seq, "time_s": 100.0 + seq, "event": name, **fields}
 
 
-def look(time_s: float, *instances: dict[str, Any]) -> dict[str, Any]:
-    requests = [
-        {"instance": 0, "prompt_tokens": 300, "output_tokens": 100},  # 4 blocks
-        {"instance": 0, "prompt_tokens": 900, "output_tokens": 300},
-        {"instance": 0, "prompt_tokens": 10, "output_tokens": 0},  # has no memory yet
-    ]
-    return {"time_s": time_s, "instances": list(instances), "requests": requests}
+class Events:
+    """A server's `/events`: the last ``keep`` of ``held``."""
+
+    def __init__(self, held: list[dict[str, Any]], keep: int = 1000) -> None:
+        self.held, self.keep = held, keep
+
+    async def get(self, path: str, *, after: int, limit: int) -> list[dict[str, Any]]:
+        assert path == "/events"
+        return [e for e in self.held[-self.keep :] if e["seq"] > after][-limit:]
 
 
-@pytest.mark.parametrize(("used_elsewhere", "avoidable"), [(10, True), (41, True), (42, False), (46, False)])
-def test_a_preemption_was_avoidable_if_the_smallest_request_had_room_elsewhere(
-    used_elsewhere: int, avoidable: bool
-) -> None:
-    looks = [
-        look(0.0, instance(0, 46, 3), instance(1, used_elsewhere, 0)),
-        look(0.3, instance(0, 40, 5), instance(1, used_elsewhere, 0)),
-        look(0.6, instance(0, 40, 5), instance(1, used_elsewhere, 0)),
-    ]
-    assert preemptions(looks) == [{"time_s": 0.0, "instance": 0, "count": 2, "avoidable": avoidable}]
+def test_moves_and_preemptions_of_a_run_are_told_from_its_events() -> None:
+    server = Events([event(1, "migration", ok=True), event(2, "preempt", avoidable=True)])
+    watch = EventWatch(cast(Client, server))
+
+    async def run() -> None:
+        await watch.begin()
+        server.held += [event(3, "migration", ok=True), event(4, "migration", ok=False), event(5, "finish")]
+        await watch.gather()
+        server.held += [event(6, "preempt", avoidable=True), event(7, "preempt", avoidable=False)]
+        await watch.gather()
+
+    asyncio.run(run())
+    found = seen_inside(watch.events, started_s=102.0)
+    assert (found["num_moves"], [m["seq"] for m in found["moves"]]) == (1, [3, 4])
+    assert [(p["time_s"], p["avoidable"]) for p in found["preemptions"]] == [(4.0, True), (5.0, False)]
+    assert watch.num_missed == 0
+    row = summarise([sample(ARRIERO, 1, request(), **found)])[0]
+    assert (row["num_moves"], row["num_avoidable"]) == (1, 1)
+
+
+def test_events_that_a_server_no_longer_has_are_counted() -> None:
+    server = Events([event(seq, "finish") for seq in range(1, 5)], keep=2)
+    watch = EventWatch(cast(Client, server))
+    asyncio.run(watch.begin())
+    assert watch.num_missed == 0
+    server.held += [event(seq, "finish") for seq in range(5, 10)]
+    asyncio.run(watch.gather())
+    assert (len(watch.events), watch.num_missed) == (2, 3)
+
+
+def test_watches_end_with_what_they_stand_beside() -> None:
+    async def run() -> None:
+        watch = asyncio.Event()
+
+        async def forever() -> None:
+            try:
+                await asyncio.sleep(1e6)
+            finally:
+                watch.set()
+
+        async def fail() -> None:
+            async with beside(forever()):
+                await asyncio.sleep(0)
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            await fail()
+        assert watch.is_set()
+
+    asyncio.run(run())
+
+
+def test_the_machine_s_speed_is_a_rate_of_work() -> None:
+    watch = SpeedWatch()
+    assert watch.speed is None
+    assert 0 < watch.probe() < 10
+
+
+def test_the_table_shows_how_fast_the_machine_was_for_each_system() -> None:
+    samples = [sample(ARRIERO, 1, request(), machine_speed=300.0), sample(VLLM_DP, 1, request(), machine_speed=500.0)]
+    assert [row["speed"] for row in race.table(summarise(samples))] == ["0.75", "1.25"]
 
 
 def test_parts_are_merged_if_they_are_of_one_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

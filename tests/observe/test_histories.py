@@ -117,6 +117,18 @@ MOVE = {
             "preempted: instance 1 has taken its KV blocks, and will prefill it again",
         ),
         (
+            {
+                "event": "preempt",
+                "instance": 1,
+                "avoidable": True,
+                "smallest_blocks": 3,
+                "roomiest": 0,
+                "free_blocks": 9,
+            },
+            "preempted: instance 1 has taken its KV blocks, and will prefill it again; a request beside it of 3 blocks "
+            "could have moved to instance 0, where 9 were free",
+        ),
+        (
             MOVE,
             "moved from instance 0 to 1, live (freeness 2.0 at 0, 40.0 at 1): 3.0 MiB in 3 stages, 250 ms",
         ),

@@ -1,84 +1,108 @@
-"""What only arriero can tell of a run of the race: its moves, and the preemptions that a move could have avoided.
+"""What can be told of a run of the race beyond its answers: how fast the machine was, and, of arriero alone, its moves
+and the preemptions that a move could have avoided (core/preempted.py).
 
-A preemption *could have been avoided by a move* if, in the last look before it, another instance had room for the
-smallest request that ran beside the victim.
+Nothing here asks often: with two engines on two cores, what the bench itself computes is taken from them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Sequence
-from time import perf_counter
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from statistics import median
+from time import thread_time
 from typing import Any
 
-import httpx
+import numpy as np
 
 from arriero.bench.client import Client
 
-WATCH_S = 0.25
+PROBE_S = 1.0  #: between two looks at the machine's speed
+EVENTS_S = 5.0  #: between two calls for events; the server keeps the last thousand
+EVENTS_LIMIT = 1000
+_MEMORY_BYTES = 16 << 20  # more than the caches next to a core hold
+_CACHED_BYTES = 128 << 10
 
 
-class Watch:
-    """Looks at the instances and requests of arriero while it runs."""
+class SpeedWatch:
+    """Times a little fixed work, again and again, in CPU time: what other processes take of the core does not count.
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self.looks: list[dict[str, Any]] = []
+    Shared machines are slower in one quarter of an hour than in the next by more than what a race is about.
+    """
+
+    def __init__(self) -> None:
+        self._large = np.ones(_MEMORY_BYTES // 4, np.float32)
+        self._small = np.linspace(0.0, 1.0, _CACHED_BYTES // 4, dtype=np.float32)
+        self._taken_s: list[float] = []
+        self.probe()  # the first one pays for the pages
+
+    def probe(self) -> float:
+        """CPU seconds for one portion, about half of which goes into reading memory."""
+        started_s = thread_time()
+        self._large.sum()
+        for _ in range(8):
+            np.exp(self._small)
+        return thread_time() - started_s
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            instances = await self._client.get("/instances")
-            requests = await self._client.get("/requests")
-            self.looks.append({"time_s": perf_counter(), "instances": instances, "requests": requests})
-            await asyncio.sleep(WATCH_S)
+            await asyncio.sleep(PROBE_S)
+            self._taken_s.append(self.probe())
+
+    @property
+    def speed(self) -> float | None:
+        """Portions a CPU second in the median; None: not seen."""
+        return 1 / median(self._taken_s) if self._taken_s else None
 
 
-def seen_inside(looks: Sequence[dict[str, Any]], started_s: float, url: str) -> dict[str, Any]:
-    """What only arriero can tell: moves, and which preemptions another instance had room to avoid."""
-    events = httpx.get(url + "/events", params={"limit": 1000}, timeout=30.0).json()
-    moves = [e for e in events if e["event"] == "migration" and e["time_s"] >= started_s]
+class EventWatch:
+    """Gathers the events of an arriero server while it runs."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._seen = 0
+        self.num_missed = 0
+        self.events: list[dict[str, Any]] = []
+
+    async def begin(self) -> None:
+        """Pass over what has been."""
+        await self.gather()
+        self.events.clear()
+        self.num_missed = 0
+
+    async def gather(self) -> None:
+        """Take what is new."""
+        found = await self._client.get("/events", after=self._seen, limit=EVENTS_LIMIT)
+        if found:
+            self.num_missed += found[0]["seq"] - self._seen - 1
+            self._seen = found[-1]["seq"]
+            self.events += found
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(EVENTS_S)
+            await self.gather()
+
+
+@asynccontextmanager
+async def beside(*watches: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run ``watches`` until the block ends."""
+    tasks = [asyncio.create_task(watch) for watch in watches]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+def seen_inside(events: Sequence[dict[str, Any]], started_s: float) -> dict[str, Any]:
+    """Moves and preemptions among ``events``."""
+    moves = [e for e in events if e["event"] == "migration"]
     return {
         "num_moves": sum(bool(m["ok"]) for m in moves),
         "moves": moves,
-        "preemptions": [{**p, "time_s": p["time_s"] - started_s} for p in preemptions(looks)],
-        "looks": [
-            {"time_s": round(look["time_s"] - started_s, 3), "instances": [_brief(i) for i in look["instances"]]}
-            for look in looks
-        ],
+        "preemptions": [{**e, "time_s": e["time_s"] - started_s} for e in events if e["event"] == "preempt"],
     }
-
-
-def _brief(instance: dict[str, Any]) -> dict[str, Any]:
-    return {k: instance[k] for k in ("id", "running", "waiting", "blocks_used", "preemptions")}
-
-
-def preemptions(looks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each rise of an instance's count of preemptions, and whether a move could have avoided it."""
-    found = []
-    for before, after in itertools.pairwise(looks):
-        old = {i["id"]: i for i in before["instances"]}
-        for instance in after["instances"]:
-            rise = instance["preemptions"] - old.get(instance["id"], instance)["preemptions"]
-            if rise > 0:
-                found.append(
-                    {
-                        "time_s": before["time_s"],
-                        "instance": instance["id"],
-                        "count": rise,
-                        "avoidable": _had_room(before, instance["id"]),
-                    }
-                )
-    return found
-
-
-def _had_room(look: dict[str, Any], instance: int) -> bool:
-    sizes = [
-        -(-(r["prompt_tokens"] + r["output_tokens"] + 1) // i["block_size"])
-        for r in look["requests"]
-        for i in look["instances"]
-        if r["instance"] == i["id"] == instance and r["output_tokens"]
-    ]
-    free = [i["blocks_total"] - i["blocks_used"] for i in look["instances"] if i["id"] != instance]
-    return bool(sizes) and max(free, default=0) > min(sizes)

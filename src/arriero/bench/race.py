@@ -5,7 +5,7 @@ loop: nobody waits for the server. Every system of `systems.py` answers the same
 time, in an order that turns from round to round; prompts are new to each, so no prefix cache helps. ``--scale`` makes
 all lengths and the memory smaller alike, where an engine takes seconds for a prompt of the class. Seeds can be run in
 parts: what `results/race.json` holds from earlier calls with the same plan is kept unless ``--fresh``. A run in which
-something held up the client is repeated.
+something held up the client is repeated. How fast the machine was meanwhile stands beside each system (`inside.py`).
 
 *Silence* is the longest time between two chunks in the stream of one request.
 """
@@ -19,14 +19,16 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from math import nan
 from pathlib import Path
+from statistics import fmean
 from time import perf_counter
 from typing import Any
 
 from arriero.bench import race_simulated, report
 from arriero.bench.calibration import calibrated, rate_of
 from arriero.bench.client import Client
-from arriero.bench.inside import Watch, seen_inside
+from arriero.bench.inside import EventWatch, SpeedWatch, beside, seen_inside
 from arriero.bench.replay import Prompts, at_rate, capped, replay, scaled, spread
 from arriero.bench.report import Target
 from arriero.bench.server import (
@@ -97,15 +99,16 @@ async def measure(running: Running, name: str, arrivals: Sequence[Arrival], prom
     async with Client(running.url) as client:
         await _warm_up(client, prompts, scale)
         before = running.total("vllm:num_preemptions_total")
-        watch = Watch(client)
-        task = asyncio.create_task(watch.run()) if name == ARRIERO else None
+        speeds, events = SpeedWatch(), EventWatch(client)
+        watching = [speeds.run()]
+        if name == ARRIERO:
+            await events.begin()
+            watching.append(events.run())
         started_s = perf_counter()
-        try:
+        async with beside(*watching):
             seen = await replay(client, SERVED_NAME, arrivals, prompts)
-        finally:
-            if task is not None:
-                task.cancel()
-                await asyncio.wait([task])
+        if name == ARRIERO:
+            await events.gather()
         stalled_s = client.stalled_s(started_s)
     last_s = max(s.arrival_s + s.late_s + s.e2e_s for s in seen)
     sample: Sample = {
@@ -114,11 +117,12 @@ async def measure(running: Running, name: str, arrivals: Sequence[Arrival], prom
         "tokens_per_s": sum(s.output_tokens for s in seen) / last_s,
         "duration_s": last_s,
         "machine_stalled_s": stalled_s,
+        "machine_speed": speeds.speed,
         "max_late_s": max(s.late_s for s in seen),
         "requests": [asdict(s) for s in seen],
     }
     if name == ARRIERO:
-        sample |= seen_inside(watch.looks, started_s, running.url)
+        sample |= seen_inside(events.events, started_s) | {"num_events_missed": events.num_missed}
     return sample
 
 
@@ -210,9 +214,10 @@ def summarise(samples: Sequence[Sample]) -> list[dict[str, Any]]:
                 "requests": len(requests),
                 **{figure: spread(r[figure] for r in requests) for figure in FIGURES},
                 "num_preemptions": sum(s["num_preemptions"] for s in here),
-                "num_avoidable": sum(p["count"] for s in here for p in s.get("preemptions", ()) if p["avoidable"]),
+                "num_avoidable": sum(p["avoidable"] for s in here for p in s.get("preemptions", ())),
                 "num_moves": sum(s.get("num_moves", 0) for s in here),
                 "stalled_s": sum(s["machine_stalled_s"] for s in here),
+                "machine_speed": fmean(s["machine_speed"] or nan for s in here) if here else nan,
                 "tokens_per_s": sum(r["output_tokens"] for r in requests) / seconds if seconds else 0.0,
             }
         )
@@ -251,7 +256,8 @@ def targets_of(summary: Sequence[dict[str, Any]]) -> list[Target]:
 
 
 def table(summary: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is printed."""
+    """What is printed; the machine's speed as a share of what all systems had on average."""
+    usual = fmean(row["machine_speed"] for row in summary)
     return [
         {
             "system": row["system"],
@@ -263,6 +269,7 @@ def table(summary: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "moves": row["num_moves"],
             "tokens_/s": row["tokens_per_s"],
             "stalled_s": row["stalled_s"],
+            "speed": f"{row['machine_speed'] / usual:.2f}",
         }
         for row in summary
     ]

@@ -19,6 +19,7 @@ from arriero.core.draining import Evacuation, why_not
 from arriero.core.errors import PolicyError
 from arriero.core.foresight import Foresight
 from arriero.core.ledger import Ledger
+from arriero.core.preempted import Preempted, newly_preempted
 from arriero.core.queue import RequestQueue
 from arriero.core.rebalancing import Rebalancer
 from arriero.core.scaling import Scaler
@@ -176,6 +177,13 @@ class GlobalScheduler:
     def freeness(self, instance: InstanceId) -> float:
         """Freeness of an instance as the scheduler sees it now; 0 before its first snapshot."""
         return self.view.freeness(instance)
+
+    def preempted_in(self, snapshot: InstanceSnapshot) -> list[Preempted]:
+        """Whom an instance has preempted, by a load report that the scheduler has not been told yet."""
+        before, snapshots = self.view.snapshots.get(snapshot.instance), self.view.snapshots
+        if before is None:
+            return []
+        return newly_preempted(before, snapshot, (snapshots[i] for i in self.view.candidates if i in snapshots))
 
     def snapshot_of(self, instance: InstanceId) -> InstanceSnapshot | None:
         """The last snapshot, if any."""

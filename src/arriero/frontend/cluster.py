@@ -20,7 +20,7 @@ from arriero.core.pace import StepPace
 from arriero.core.types import InstanceId, InstanceSnapshot, MigrationMode, RequestId
 from arriero.frontend.describe import describe_instances, describe_requests
 from arriero.frontend.drains import DrainReport, Drains
-from arriero.frontend.explain import explain, newly_preempted
+from arriero.frontend.explain import explain
 from arriero.frontend.instances import Instance, Instances, MakeSpec, Progress
 from arriero.frontend.intake import Intake
 from arriero.frontend.joining import Membership
@@ -237,8 +237,16 @@ class Cluster:
         self.lifecycle.watchdog.heard(snapshot.instance)
         self.instances.on_snapshot(snapshot.instance)
         self.pace.clock_read(snapshot.instance, snapshot.time_s, self.clock())
-        for request_id in newly_preempted(self.scheduler.snapshot_of(snapshot.instance), snapshot):
-            self.events.emit("preempt", request=request_id, instance=snapshot.instance)
+        for victim in self.scheduler.preempted_in(snapshot):
+            self.events.emit(
+                "preempt",
+                request=victim.request_id,
+                instance=snapshot.instance,
+                avoidable=victim.avoidable,
+                smallest_blocks=victim.smallest_blocks,
+                roomiest=victim.roomiest,
+                free_blocks=victim.free_blocks,
+            )
         self._orders.carry_out(self.scheduler.snapshot(snapshot, self.clock()))
 
     def on_outputs(self, outputs: Any) -> None:

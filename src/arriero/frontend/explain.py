@@ -83,11 +83,3 @@ def alternatives_of(command: Dispatch) -> list[dict[str, Any]]:
         {"instance": i, "freeness": round(freeness, 3) if math.isfinite(freeness) else None, "num_outstanding": num}
         for i, freeness, num in command.alternatives
     ]
-
-
-def newly_preempted(before: InstanceSnapshot | None, after: InstanceSnapshot) -> list[RequestId]:
-    """Requests that ran in one snapshot of an instance and wait in the next one, where it has preempted any."""
-    if before is None or after.num_preemptions == before.num_preemptions:
-        return []
-    ran = {r.request_id for r in before.requests if r.phase is Phase.RUNNING}
-    return [r.request_id for r in after.requests if r.phase is Phase.WAITING and r.request_id in ran]

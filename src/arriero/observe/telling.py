@@ -37,7 +37,13 @@ def _first_token(event: Event) -> str:
 
 
 def _preempt(event: Event) -> str:
-    return f"preempted: instance {event['instance']} has taken its KV blocks, and will prefill it again"
+    what = f"preempted: instance {event['instance']} has taken its KV blocks, and will prefill it again"
+    if not event.get("avoidable"):
+        return what
+    return (
+        f"{what}; a request beside it of {event['smallest_blocks']} blocks could have moved to instance "
+        f"{event['roomiest']}, where {event['free_blocks']} were free"
+    )
 
 
 def _migration(event: Event) -> str:

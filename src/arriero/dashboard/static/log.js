@@ -102,7 +102,10 @@ function describe(event) {
     case "first_token":
       return [request(event.request), " on ", badge(event.instance), ` after ${milliseconds(1000 * event.ttft_s)}`];
     case "preempt":
-      return [request(event.request), " on ", badge(event.instance)];
+      return [
+        request(event.request), " on ", badge(event.instance),
+        ...(event.avoidable ? [` with ${count(event.free_blocks)} blocks free on `, badge(event.roomiest)] : []),
+      ];
     case "resume":
       return [request(event.request), " on ", badge(event.instance), ` after ${milliseconds(1000 * event.pause_s)}`];
     case "instance_ready":
