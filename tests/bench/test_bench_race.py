@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,8 +14,18 @@ import pytest
 from arriero.bench import race
 from arriero.bench.client import Client
 from arriero.bench.inside import EventWatch, SpeedWatch, beside, seen_inside
-from arriero.bench.race import Plan, common_seeds, kept_samples, least_stalled, summarise, targets_of, workload_of
-from arriero.bench.systems import ARRIERO, GROUPS, SYSTEMS, VLLM_DP
+from arriero.bench.race import Plan, kept_samples, least_stalled, workload_of
+from arriero.bench.race_report import (
+    common_seeds,
+    counted_seeds,
+    on_a_slower_machine,
+    put,
+    summarise,
+    table,
+    targets_of,
+    title,
+)
+from arriero.bench.systems import ARRIERO, GROUPS, SYSTEMS, VLLM_DP, Fleet
 from arriero.core.errors import ArrieroError
 from arriero.sim.profiles import load_profile, write_profile
 
@@ -77,7 +88,7 @@ def test_only_seeds_that_all_systems_have_run_are_compared() -> None:
 )
 def test_targets_are_measured_against_the_best_of_the_others(ours: dict[str, Any], met: list[bool]) -> None:
     others = [sample(VLLM_DP, 1, request(4.0, 3.0)), sample(SYSTEMS[1], 1, request(8.0, 2.0))]
-    assert [t.met for t in targets_of(summarise([ours, *others]))] == met
+    assert [t.met for t in targets_of([ours, *others])] == met
 
 
 @pytest.mark.parametrize(
@@ -98,7 +109,7 @@ def test_a_run_in_which_the_client_was_held_up_is_repeated(
 
 
 def test_without_another_system_nothing_is_claimed() -> None:
-    assert targets_of(summarise([sample(ARRIERO, 1, request())])) == []
+    assert targets_of([sample(ARRIERO, 1, request())]) == []
 
 
 def event(seq: int, name: str, **fields: Any) -> dict[str, Any]:
@@ -176,7 +187,55 @@ def test_the_machine_s_speed_is_a_rate_of_work() -> None:
 
 def test_the_table_shows_how_fast_the_machine_was_for_each_system() -> None:
     samples = [sample(ARRIERO, 1, request(), machine_speed=300.0), sample(VLLM_DP, 1, request(), machine_speed=500.0)]
-    assert [row["speed"] for row in race.table(summarise(samples))] == ["0.75", "1.25"]
+    assert [row["speed"] for row in table(summarise(samples))] == ["0.75", "1.25"]
+
+
+def test_a_seed_counts_only_if_the_machine_was_equally_fast_for_all() -> None:
+    even = [sample(ARRIERO, 1, request(1.0)), sample(VLLM_DP, 1, request(5.0), machine_speed=361.0)]
+    assert (counted_seeds(even), on_a_slower_machine(even)) == ({1}, {})
+    assert "not equally fast" not in title(even)
+    uneven = [sample(ARRIERO, 2, request(7.0), machine_speed=500.0), sample(VLLM_DP, 2, request(9.0))]
+    both = even + uneven
+    assert (counted_seeds(both), common_seeds(both)) == ({1}, {1, 2})
+    assert on_a_slower_machine(both) == {VLLM_DP: [2]}
+    assert [row["ttft_s"]["p99"] for row in summarise(both)] == [1.0, 5.0]
+    assert "all seeds but 2, in which" in title(both)
+    assert targets_of(uneven) == []
+    assert [row["ttft_s"]["p99"] for row in summarise(uneven)] == [7.0, 9.0]
+    assert "NOT COMPARABLE" in title(uneven)
+
+
+def test_of_a_repeated_run_the_one_on_the_faster_machine_is_kept() -> None:
+    first, other = sample(ARRIERO, 1, machine_speed=300.0), sample(VLLM_DP, 1)
+    slower, faster = sample(ARRIERO, 1, machine_speed=200.0), sample(ARRIERO, 1, machine_speed=400.0)
+    assert put([first, other], slower, only_if_faster=True) == [first, other]
+    assert put([first, other], slower, only_if_faster=False) == [other, slower]
+    assert put([first, other], faster, only_if_faster=True) == [other, faster]
+    assert put([other], slower, only_if_faster=True) == [other, slower]
+
+
+def test_what_ran_on_a_slower_machine_runs_again_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    speeds = {(ARRIERO, 1): [500.0], (ARRIERO, 2): [300.0, 510.0], (VLLM_DP, 1): [500.0], (VLLM_DP, 2): [500.0]}
+    started: list[tuple[str, int]] = []
+
+    def take(plan: Plan, model: str, running: Any, name: str, seed: int) -> dict[str, Any]:
+        started.append((name, seed))
+        return sample(name, seed, request(), machine_speed=speeds[name, seed].pop(0))
+
+    def group(name: str) -> Any:
+        return lambda fleet, tag: nullcontext({name: nullcontext})
+
+    monkeypatch.setattr(race, "_take", take)
+    monkeypatch.setattr(race, "GROUPS", {name: (group(name), (name,)) for name in (ARRIERO, VLLM_DP)})
+    fleet = Fleet(model="m", flags=[], num_engines=2, port=1, start_timeout_s=1.0)
+    samples = race.run(PLAN, fleet, [[1, 2]], [ARRIERO, VLLM_DP], [])
+    assert sorted(started[:4]) == sorted(speeds)
+    assert started[4:] == [(ARRIERO, 2)]
+    assert counted_seeds(samples) == {1, 2}
+    assert "slower than for others (arriero: seed 2): once more" in capsys.readouterr().err
 
 
 def test_parts_are_merged_if_they_are_of_one_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from arriero.core.config import SchedulerConfig
@@ -64,6 +66,13 @@ def test_an_instance_that_takes_nobody_is_no_way_out() -> None:
     cluster.instance_draining(1, 1.0)
     (found,) = cluster.preempted_in(AFTER)
     assert (found.roomiest, found.free_blocks, found.avoidable) == (2, 6, True)
+
+
+def test_blocks_that_a_prompt_is_going_to_take_are_no_room() -> None:
+    other = report(1, request("prompt", 9 * SIZE, num_computed=SIZE), free=10)  # computed in parts: 9 blocks to come
+    other = replace(other, prefill_demand_blocks=9)
+    (found,) = scheduler(BEFORE, other, report(2, free=2)).preempted_in(AFTER)
+    assert (found.roomiest, found.free_blocks, found.avoidable) == (2, 2, False)
 
 
 def test_alone_an_instance_has_no_way_out() -> None:
