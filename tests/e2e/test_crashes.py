@@ -165,7 +165,7 @@ async def test_a_crash_of_whom_the_streams_fled_to(fleet: Fleet) -> None:
 
 async def test_an_instance_that_is_launched_later_serves_like_any_other(fleet: Fleet) -> None:
     first, second, third = fleet.ready
-    stream = fleet.submit(60, 900, at=first, seed=5)
+    stream = fleet.submit(60, 3000, at=first, seed=5)
     await fleet.at_least(3, stream)
     fleet.kill(second, third)
     await fleet.dead(second, third)
