@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from arriero.bench import race
+from arriero.bench import inside, race
 from arriero.bench.client import Client
 from arriero.bench.inside import EventWatch, SpeedWatch, beside, seen_inside
 from arriero.bench.race import Plan, kept_samples, least_stalled, workload_of
@@ -179,10 +179,19 @@ def test_watches_end_with_what_they_stand_beside() -> None:
     asyncio.run(run())
 
 
-def test_the_machine_s_speed_is_a_rate_of_work() -> None:
+def test_the_machine_s_speed_is_a_rate_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = SpeedWatch()
-    assert watch.speed is None
-    assert 0 < watch.probe() < 10
+    assert watch.speed > 0  # though nothing was timed: a run can be that short
+    monkeypatch.setattr(inside, "PROBE_S", 0.0)
+    taken = iter([0.5, 0.1, 0.2])
+    monkeypatch.setattr(watch, "probe", lambda: next(taken))
+
+    async def run() -> None:
+        with pytest.raises(RuntimeError):  # the fourth portion
+            await watch.run()
+
+    asyncio.run(run())
+    assert watch.speed == pytest.approx(1 / 0.2)
 
 
 def test_the_table_shows_how_fast_the_machine_was_for_each_system() -> None:
@@ -203,6 +212,8 @@ def test_a_seed_counts_only_if_the_machine_was_equally_fast_for_all() -> None:
     assert targets_of(uneven) == []
     assert [row["ttft_s"]["p99"] for row in summarise(uneven)] == [7.0, 9.0]
     assert "NOT COMPARABLE" in title(uneven)
+    apart = [sample(ARRIERO, 1, request()), sample(VLLM_DP, 2, request())]
+    assert "no seed has been run by all" in title(apart)
 
 
 def test_of_a_repeated_run_the_one_on_the_faster_machine_is_kept() -> None:
@@ -236,6 +247,11 @@ def test_what_ran_on_a_slower_machine_runs_again_and_nothing_else(
     assert started[4:] == [(ARRIERO, 2)]
     assert counted_seeds(samples) == {1, 2}
     assert "slower than for others (arriero: seed 2): once more" in capsys.readouterr().err
+    started.clear()
+    speeds[ARRIERO, 3] = [400.0, 490.0]
+    samples = race.run(PLAN, fleet, [[3]], [ARRIERO], [sample(VLLM_DP, 3, request(), machine_speed=500.0)])
+    assert started == [(ARRIERO, 3)] * 2  # beside what was kept of another system
+    assert counted_seeds(samples) == {3}
 
 
 def test_parts_are_merged_if_they_are_of_one_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +261,16 @@ def test_parts_are_merged_if_they_are_of_one_plan(tmp_path: Path, monkeypatch: p
     assert [s["seed"] for s in kept_samples(PLAN)] == [1]
     with pytest.raises(ArrieroError, match="another plan"):
         kept_samples(replace(PLAN, rate=3.0))
+
+
+def test_samples_of_an_unknown_speed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    race.write(PLAN, [sample(ARRIERO, 1, request())])
+    result = json.loads(race.RESULT.read_text())
+    del result["samples"][0]["machine_speed"]
+    race.RESULT.write_text(json.dumps(result))
+    with pytest.raises(ArrieroError, match="say --fresh"):
+        kept_samples(PLAN)
 
 
 def test_the_race_can_be_simulated(

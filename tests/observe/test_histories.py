@@ -125,8 +125,8 @@ MOVE = {
                 "roomiest": 0,
                 "free_blocks": 9,
             },
-            "preempted: instance 1 has taken its KV blocks, and will prefill it again; a request beside it of 3 blocks "
-            "could have moved to instance 0, where 9 were free",
+            "preempted: instance 1 has taken its KV blocks, and will prefill it again; a request of 3 blocks could "
+            "have moved from there to instance 0, where 9 were free",
         ),
         (
             MOVE,

@@ -51,9 +51,9 @@ class SpeedWatch:
             self._taken_s.append(self.probe())
 
     @property
-    def speed(self) -> float | None:
-        """Portions a CPU second in the median; None: not seen."""
-        return 1 / median(self._taken_s) if self._taken_s else None
+    def speed(self) -> float:
+        """Portions a CPU second in the median; by one portion now if none was timed yet."""
+        return 1 / median(self._taken_s or [self.probe()])
 
 
 class EventWatch:

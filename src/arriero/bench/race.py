@@ -149,7 +149,8 @@ def run(
         wanted = {name: list(seeds) for name in systems}
         for attempt in range(MAX_TRIES):
             samples = _round(plan, fleet, seeds[0] + number, wanted, samples, is_repeat=attempt > 0)
-            wanted = on_a_slower_machine([s for s in samples if s["seed"] in seeds and s["system"] in systems])
+            slower = on_a_slower_machine([s for s in samples if s["seed"] in seeds])
+            wanted = {name: slower[name] for name in systems if name in slower}
             if not wanted:
                 break
             runs = "; ".join(f"{name}: seed {', '.join(map(str, of))}" for name, of in wanted.items())
@@ -222,13 +223,15 @@ def _brief_line(sample: Sample) -> str:
 
 
 def kept_samples(plan: Plan) -> list[Sample]:
-    """Those of earlier calls. Raises ArrieroError if they are of another plan."""
+    """Those of earlier calls. Raises ArrieroError if they are of another plan, or lack the machine's speed."""
     if not RESULT.exists():
         return []
     result = json.loads(RESULT.read_text())
     if result["plan"] != json.loads(json.dumps(asdict(plan))):
         raise ArrieroError(f"{RESULT} is of another plan: move it away, or say --fresh to drop it")
     kept: list[Sample] = result["samples"]
+    if any("machine_speed" not in sample for sample in kept):
+        raise ArrieroError(f"{RESULT} is of an earlier version, before the machine's speed was watched: say --fresh")
     return kept
 
 

@@ -21,12 +21,15 @@ Sample = dict[str, Any]
 
 
 def put(samples: Sequence[Sample], sample: Sample, *, only_if_faster: bool) -> list[Sample]:
-    """``samples`` with ``sample`` in the place of that of the same system and seed."""
-    others = [s for s in samples if (s["system"], s["seed"]) != (sample["system"], sample["seed"])]
-    old = [s for s in samples if s not in others]
-    if only_if_faster and old and old[0]["machine_speed"] > sample["machine_speed"]:
+    """``samples`` with ``sample`` in the place of that of the same system and seed.
+
+    ``only_if_faster``: unless the machine was faster for that.
+    """
+    place = (sample["system"], sample["seed"])
+    here = [s for s in samples if (s["system"], s["seed"]) == place]
+    if only_if_faster and any(old["machine_speed"] > sample["machine_speed"] for old in here):
         return list(samples)
-    return [*others, sample]
+    return [*(s for s in samples if (s["system"], s["seed"]) != place), sample]
 
 
 def common_seeds(samples: Sequence[Sample]) -> set[int]:
@@ -71,7 +74,7 @@ def summarise(samples: Sequence[Sample]) -> list[dict[str, Any]]:
                 "num_avoidable": sum(p["avoidable"] for s in here for p in s.get("preemptions", ())),
                 "num_moves": sum(s.get("num_moves", 0) for s in here),
                 "stalled_s": sum(s["machine_stalled_s"] for s in here),
-                "machine_speed": fmean(s["machine_speed"] or nan for s in here) if here else nan,
+                "machine_speed": fmean(s["machine_speed"] for s in here) if here else nan,
                 "tokens_per_s": sum(r["output_tokens"] for r in requests) / seconds if seconds else 0.0,
             }
         )
@@ -132,6 +135,8 @@ def three(values: dict[str, float], scale: float = 1.0) -> str:
 def title(samples: Sequence[Sample]) -> str:
     """Of the table: its units, and which seeds it is about."""
     counted, common = counted_seeds(samples), common_seeds(samples)
+    if not common:
+        return f"{UNITS}; NOTHING TO COMPARE: no seed has been run by all of them"
     if not counted:
         return f"{UNITS}; NOT COMPARABLE: in no seed was the machine equally fast for all"
     left_out = sorted(common - counted)

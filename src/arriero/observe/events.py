@@ -6,7 +6,9 @@ time that the file is opened: `time_s` starts anew there.
 
 A `dispatch` event says what was known of the request (`arrival_s`, `prompt_tokens`, `max_tokens`, `priority`, and
 `ttft_target_s` if it has one), a `finish` event what came of it (`how`, `num_output_tokens`): `arriero simulate` takes
-such a log as a workload. A server must not wait for its disk: see event_file.py.
+such a log as a workload. A server's `preempt` event says whether a move could have avoided it (core/preempted.py); the
+simulator's does not, since there snapshots are only taken when somebody decides.
+A server must not wait for its disk: see event_file.py.
 A full log also has what the scheduler was told and what it decided (decisions.py), in the file alone.
 """
 

@@ -41,7 +41,7 @@ def _preempt(event: Event) -> str:
     if not event.get("avoidable"):
         return what
     return (
-        f"{what}; a request beside it of {event['smallest_blocks']} blocks could have moved to instance "
+        f"{what}; a request of {event['smallest_blocks']} blocks could have moved from there to instance "
         f"{event['roomiest']}, where {event['free_blocks']} were free"
     )
 
