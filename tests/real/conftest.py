@@ -87,7 +87,7 @@ class Engines:
             result.finish = (completion.finish_reason, completion.stop_reason)
             if completion.logprobs:
                 pairs = zip(completion.logprobs, completion.token_ids, strict=True)
-                result.logprobs += [round(entry[token].logprob, 4) for entry, token in pairs]
+                result.logprobs += [entry[token].logprob for entry, token in pairs]
             while pending and len(result.tokens) >= pending[0].at:
                 move = pending.pop(0)
                 request_id = self.internal_id(name)
