@@ -264,6 +264,7 @@ def _foretold(row: dict[str, Any]) -> dict[str, Any]:
         "TTFT": three(row["ttft_s"]),
         "TPOT": three(row["tpot_s"], 1e3),
         "preempted": row["num_preemptions"],
+        "loss_s": three(row["preemption_loss_s"]),
         "moves": row["num_moves"],
         "tokens_/s": row["tokens_per_s"],
     }

@@ -50,6 +50,7 @@ def simulate(
 ) -> list[dict[str, Any]]:
     """A row for each case: the requests of all ``workloads`` (by seed) together, latencies in seconds.
 
+    ``preemption_loss_s`` is what a request's preemptions silenced it for; 0 for most, of whom it is taken, too.
     ``num_blocks``: KV blocks of an engine, of the profile's size.
     """
     jobs = [(case, seed, workloads[seed], profile, num_blocks, engines) for case in cases for seed in workloads]
@@ -67,6 +68,7 @@ def simulate(
                 "requests": len(requests),
                 **{figure: spread(r[figure] for r in requests if figure in r) for figure in LATENCIES},
                 "num_preemptions": sum(run["num_preemptions"] for run in here),
+                "preemption_loss_s": spread(loss_s for run in here for loss_s in run["preemption_loss_s"]),
                 "num_moves": sum(run["num_moves"] for run in here),
                 "tokens_per_s": sum(run["num_tokens"] for run in here) / sum(run["duration_s"] for run in here),
             }
@@ -91,6 +93,7 @@ def _run(job: tuple[Case, int, Workload, Profile, int, int]) -> dict[str, Any]:
     return {
         "requests": [latencies(record) for record in result.records],
         "num_preemptions": sum(record.num_preemptions for record in result.records),
+        "preemption_loss_s": [record.preemption_loss_s for record in result.records],
         "num_moves": sum(record.num_moves for record in result.records),
         "num_tokens": sum(record.num_output for record in result.records),
         "duration_s": result.end_s,
