@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from arriero.bench.fidelity import Plan, as_served, compare, simulate, targets_of
+from arriero.bench import fidelity
+from arriero.bench.fidelity import Plan, as_served, compare, held_still, kept_samples, simulate, targets_of
 from arriero.bench.replay import Seen
 from arriero.bench.served import Served, in_service
+from arriero.core.errors import ArrieroError
 from arriero.sim.fit import StepPoint
 from arriero.sim.network import NetworkConfig
 from arriero.sim.profiles import Profile
@@ -130,9 +134,30 @@ def test_errors_are_the_simulator_s_over_the_real_figure() -> None:
 
 def test_a_target_for_each_figure_of_each_policy() -> None:
     def sample(policy: str, factor: float, drift: float) -> dict[str, Any]:
-        return {"policy": policy, "drift": drift, "compared": compare([seen(1.0)], [simulated(factor)])}
+        compared = compare([seen(1.0)], [simulated(factor)])
+        return {"policy": policy, "drift": drift, "speed_drift": drift, "compared": compared}
 
     good, bad = sample("round_robin", 1.08, 0.01), sample("arriero", 1.2, 0.06)
     assert all(t.met for t in targets_of([good]))
     assert not any(t.met for t in targets_of([bad]))
-    assert len(targets_of([good, bad])) == 16
+    assert len(targets_of([good, bad])) == 18
+
+
+@pytest.mark.parametrize(
+    ("change", "still"),
+    [({}, True), ({"drift": 0.06}, False), ({"speed_drift": 0.06}, False), ({"machine_stalled_s": 1.5}, False)],
+)
+def test_a_replay_counts_if_the_machine_held_still(change: dict[str, float], still: bool) -> None:
+    assert held_still({"drift": 0.04, "speed_drift": 0.04, "machine_stalled_s": 0.0, **change}) is still
+
+
+def test_samples_without_the_machine_s_speed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert kept_samples() == []
+    fidelity.RESULT.parent.mkdir()
+    kept = {"policy": "round_robin", "speed_drift": 0.01}
+    fidelity.RESULT.write_text(json.dumps({"samples": [kept]}))
+    assert kept_samples() == [kept]
+    fidelity.RESULT.write_text(json.dumps({"samples": [{"policy": "round_robin"}]}))
+    with pytest.raises(ArrieroError, match="say --fresh"):
+        kept_samples()

@@ -2,7 +2,8 @@
 
 A trace is replayed open loop on two real instances, and its arrivals are simulated with the same policy. The model of a
 step is `arriero calibrate`'s of one engine alone, plus what the running server adds to it (`served.py`), measured right
-before and right after the replay; a replay between which the two differ by more than 5 % is thrown away.
+before and right after the replay; a replay between which the two differ by more than 5 % is thrown away, and so is one
+in which the machine was that much faster or slower than while they were measured (`inside.py`).
 
 Both instances, the front end and the client share the machine's cores. The simulator knows no such contention beyond
 those two constants, which are measured with all instances loaded alike.
@@ -28,6 +29,7 @@ import psutil
 from arriero.bench import report, served
 from arriero.bench.calibration import calibrated, rate_of
 from arriero.bench.client import Client
+from arriero.bench.inside import SpeedWatch, beside
 from arriero.bench.replay import Prompts, Seen, at_rate, capped, replay, spread
 from arriero.bench.report import Target
 from arriero.bench.server import (
@@ -97,16 +99,21 @@ async def measure(url: str, model: str, plan: Plan, step_time: StepTimeModel, se
     async with Client(url) as client:
         await served.measure(client, SERVED_NAME, prompts, plan.instances)  # warms up, counts for nothing
         network = await served.copy_costs(client, SERVED_NAME, prompts)
-        before = await served.measure(client, SERVED_NAME, prompts, plan.instances)
-        seen = await replay(client, SERVED_NAME, workload.arrivals, prompts)
+        around, during = SpeedWatch(), SpeedWatch()
+        async with beside(around.run()):
+            before = await served.measure(client, SERVED_NAME, prompts, plan.instances)
+        async with beside(during.run()):
+            seen = await replay(client, SERVED_NAME, workload.arrivals, prompts)
         events = await client.get("/events", limit=1000)
-        after = await served.measure(client, SERVED_NAME, prompts, plan.instances)
+        async with beside(around.run()):
+            after = await served.measure(client, SERVED_NAME, prompts, plan.instances)
         stalled_s = client.stalled_s()
     return {
         "network": network,
         "before": before,
         "after": after,
         "drift": before.drift(after, step_time),
+        "speed_drift": abs(during.speed / around.speed - 1),
         "machine_stalled_s": stalled_s,
         "seen": seen,
         "events": [e for e in events if e["event"] in ("dispatch", "migration")],
@@ -170,6 +177,8 @@ def targets_of(samples: Sequence[Sample]) -> list[Target]:
     for sample in samples:
         policy, compared = sample["policy"], sample["compared"]
         targets.append(Target.at_most(f"{policy}: drift between calibrations", sample["drift"], MAX_DRIFT))
+        name = f"{policy}: the machine's speed in the replay off that in the calibrations"
+        targets.append(Target.at_most(name, sample["speed_drift"], MAX_DRIFT))
         for figure in FIGURES:
             for q in ("mean", "p50"):
                 error = abs(compared[figure]["error"][q])
@@ -196,7 +205,7 @@ def table(samples: Sequence[Sample]) -> list[dict[str, Any]]:
 
 
 def run(policy: str, profile: Profile, plan: Plan, args: argparse.Namespace) -> Sample:
-    """One policy on both sides. Raises ArrieroError if the machine did not hold still in any try."""
+    """One policy on both sides. If the machine did not hold still in any try, the last one is taken, and says so."""
     model, flags = model_of(args), [*plan.flags, *policy_flags(policy)]
     command = arriero_command(model, port=args.port, instances=plan.instances, flags=flags)
     workload = plan.workload(profile.step_time)
@@ -205,9 +214,12 @@ def run(policy: str, profile: Profile, plan: Plan, args: argparse.Namespace) -> 
         for number in range(args.tries):
             with cores_shared(server.pid):
                 sample = asyncio.run(measure(server.url, model, plan, profile.step_time, args.seed + number))
-            if sample["drift"] <= MAX_DRIFT and not sample["machine_stalled_s"]:
+            if held_still(sample):
                 break
-            say(f"{policy}: calibrations differ by {100 * sample['drift']:.1f} %")
+            say(
+                f"{policy}: calibrations differ by {100 * sample['drift']:.1f} %, the machine's speed in the replay "
+                f"by {100 * sample['speed_drift']:.1f} %; the client was held up {sample['machine_stalled_s']:.1f} s"
+            )
     profile, request_ms = as_served(profile, sample)
     simulated = simulate(profile, plan, workload, policy, request_ms)
     return {
@@ -221,6 +233,21 @@ def run(policy: str, profile: Profile, plan: Plan, args: argparse.Namespace) -> 
         "compared": compare(sample["seen"], simulated),
         "commit": report.environment()["commit"],
     }
+
+
+def held_still(sample: Sample) -> bool:
+    """Whether the machine was as fast all the time, and let the client run."""
+    return max(sample["drift"], sample["speed_drift"]) <= MAX_DRIFT and not sample["machine_stalled_s"]
+
+
+def kept_samples() -> list[Sample]:
+    """Those of earlier calls. Raises ArrieroError if they lack the machine's speed."""
+    if not RESULT.exists():
+        return []
+    kept: list[Sample] = json.loads(RESULT.read_text())["samples"]
+    if any("speed_drift" not in sample for sample in kept):
+        raise ArrieroError(f"{RESULT} is of an earlier version, before the machine's speed was watched: say --fresh")
+    return kept
 
 
 @contextlib.contextmanager
@@ -291,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags=flags,
     )
     try:
-        samples = [] if args.fresh or not RESULT.exists() else json.loads(RESULT.read_text())["samples"]
+        samples = [] if args.fresh else kept_samples()
         warn_of_autogroups()
         with ended_by_signals():
             profile = calibrated(model_of(args), args.profile, flags, args.instances)

@@ -1,5 +1,5 @@
-"""What can be told of a run of the race beyond its answers: how fast the machine was, and, of arriero alone, its moves
-and the preemptions that a move could have avoided (core/preempted.py).
+"""What can be told of a run on real engines beyond its answers: how fast the machine was, and, of arriero alone, its
+moves and the preemptions that a move could have avoided (core/preempted.py).
 
 Nothing here asks often: with two engines on two cores, what the bench itself computes is taken from them.
 """
