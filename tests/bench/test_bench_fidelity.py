@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from arriero.bench import fidelity
-from arriero.bench.fidelity import Plan, as_served, compare, held_still, kept_samples, simulate, targets_of
+from arriero.bench.fidelity import Plan, as_served, compare, held_still, simulate, targets_of
 from arriero.bench.replay import Seen
 from arriero.bench.served import Served, in_service
-from arriero.core.errors import ArrieroError
 from arriero.sim.fit import StepPoint
 from arriero.sim.network import NetworkConfig
 from arriero.sim.profiles import Profile
@@ -151,13 +150,22 @@ def test_a_replay_counts_if_the_machine_held_still(change: dict[str, float], sti
     assert held_still({"drift": 0.04, "speed_drift": 0.04, "machine_stalled_s": 0.0, **change}) is still
 
 
-def test_samples_without_the_machine_s_speed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_of_another_plan_or_of_an_unknown_speed_are_not_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert kept_samples() == []
-    fidelity.RESULT.parent.mkdir()
-    kept = {"policy": "round_robin", "speed_drift": 0.01}
-    fidelity.RESULT.write_text(json.dumps({"samples": [kept]}))
-    assert kept_samples() == [kept]
-    fidelity.RESULT.write_text(json.dumps({"samples": [{"policy": "round_robin"}]}))
-    with pytest.raises(ArrieroError, match="say --fresh"):
-        kept_samples()
+    monkeypatch.setattr(fidelity, "calibrated", lambda *_: PROFILE)
+    monkeypatch.setattr(fidelity, "run", lambda policy, *_: {"policy": policy, "speed_drift": 0.0})
+    monkeypatch.setattr(fidelity, "targets_of", lambda _: [])
+    monkeypatch.setattr(fidelity, "table", lambda _: [])
+    given = ["--model", "some", "--policies"]
+    assert fidelity.main([*given, "round_robin"]) == 0
+    assert fidelity.main([*given, "arriero"]) == 0
+    kept = json.loads(fidelity.RESULT.read_text())
+    assert [sample["policy"] for sample in kept["samples"]] == ["round_robin", "arriero"]
+    assert fidelity.main([*given, "arriero", "--load", "0.4"]) == 1
+    assert "another plan" in capsys.readouterr().err
+    del kept["samples"][0]["speed_drift"]
+    fidelity.RESULT.write_text(json.dumps(kept))
+    assert fidelity.main([*given, "arriero"]) == 1
+    assert "say --fresh" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pytest
 from arriero.bench import inside, race
 from arriero.bench.client import Client
 from arriero.bench.inside import EventWatch, SpeedWatch, beside, seen_inside
-from arriero.bench.race import Plan, kept_samples, least_stalled, workload_of
+from arriero.bench.race import Plan, least_stalled, workload_of
 from arriero.bench.race_report import (
     common_seeds,
     counted_seeds,
@@ -25,6 +25,7 @@ from arriero.bench.race_report import (
     targets_of,
     title,
 )
+from arriero.bench.report import kept_samples
 from arriero.bench.systems import ARRIERO, GROUPS, SYSTEMS, VLLM_DP, Fleet
 from arriero.core.errors import ArrieroError
 from arriero.sim.profiles import load_profile, write_profile
@@ -192,6 +193,8 @@ def test_the_machine_s_speed_is_a_rate_of_work(monkeypatch: pytest.MonkeyPatch) 
 
     asyncio.run(run())
     assert watch.speed == pytest.approx(1 / 0.2)
+    assert watch.speeds(2) == pytest.approx([1 / 0.3, 1 / 0.2])
+    assert watch.speeds(9) == pytest.approx([1 / 0.5, 1 / 0.1, 1 / 0.2])
 
 
 def test_the_table_shows_how_fast_the_machine_was_for_each_system() -> None:
@@ -256,11 +259,11 @@ def test_what_ran_on_a_slower_machine_runs_again_and_nothing_else(
 
 def test_parts_are_merged_if_they_are_of_one_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert kept_samples(PLAN) == []
+    assert kept_samples(race.RESULT, PLAN, "machine_speed") == []
     race.write(PLAN, [sample(ARRIERO, 1, request())])
-    assert [s["seed"] for s in kept_samples(PLAN)] == [1]
+    assert [s["seed"] for s in kept_samples(race.RESULT, PLAN, "machine_speed")] == [1]
     with pytest.raises(ArrieroError, match="another plan"):
-        kept_samples(replace(PLAN, rate=3.0))
+        kept_samples(race.RESULT, replace(PLAN, rate=3.0), "machine_speed")
 
 
 def test_samples_of_an_unknown_speed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +273,7 @@ def test_samples_of_an_unknown_speed_are_refused(tmp_path: Path, monkeypatch: py
     del result["samples"][0]["machine_speed"]
     race.RESULT.write_text(json.dumps(result))
     with pytest.raises(ArrieroError, match="say --fresh"):
-        kept_samples(PLAN)
+        kept_samples(race.RESULT, PLAN, "machine_speed")
 
 
 def test_the_race_can_be_simulated(

@@ -3,7 +3,7 @@
 A trace is replayed open loop on two real instances, and its arrivals are simulated with the same policy. The model of a
 step is `arriero calibrate`'s of one engine alone, plus what the running server adds to it (`served.py`), measured right
 before and right after the replay; a replay between which the two differ by more than 5 % is thrown away, and so is one
-in which the machine was that much faster or slower than while they were measured (`inside.py`).
+in a quarter of which the machine was that much faster or slower than while they were measured (`inside.py`).
 
 Both instances, the front end and the client share the machine's cores. The simulator knows no such contention beyond
 those two constants, which are measured with all instances loaded alike.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import random
 import sys
@@ -56,6 +55,7 @@ from arriero.workload.traces import read_trace
 from arriero.workload.workload import Workload
 
 MAX_DRIFT = 0.05
+SPEED_PARTS = 4  #: of the replay, in each of which the machine should be as fast as in the calibrations
 MAX_ERROR = 0.10
 MAX_MAPE = 0.15
 FIGURES = ("ttft_s", "tpot_s", "e2e_s")
@@ -113,7 +113,7 @@ async def measure(url: str, model: str, plan: Plan, step_time: StepTimeModel, se
         "before": before,
         "after": after,
         "drift": before.drift(after, step_time),
-        "speed_drift": abs(during.speed / around.speed - 1),
+        "speed_drift": max(abs(speed / around.speed - 1) for speed in during.speeds(SPEED_PARTS)),
         "machine_stalled_s": stalled_s,
         "seen": seen,
         "events": [e for e in events if e["event"] in ("dispatch", "migration")],
@@ -240,16 +240,6 @@ def held_still(sample: Sample) -> bool:
     return max(sample["drift"], sample["speed_drift"]) <= MAX_DRIFT and not sample["machine_stalled_s"]
 
 
-def kept_samples() -> list[Sample]:
-    """Those of earlier calls. Raises ArrieroError if they lack the machine's speed."""
-    if not RESULT.exists():
-        return []
-    kept: list[Sample] = json.loads(RESULT.read_text())["samples"]
-    if any("speed_drift" not in sample for sample in kept):
-        raise ArrieroError(f"{RESULT} is of an earlier version, before the machine's speed was watched: say --fresh")
-    return kept
-
-
 @contextlib.contextmanager
 def cores_shared(front_end: int) -> Iterator[None]:
     """Put front end and client on a core each, as far as there are two; the client for as long as this lasts.
@@ -318,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags=flags,
     )
     try:
-        samples = [] if args.fresh else kept_samples()
+        samples = [] if args.fresh else report.kept_samples(RESULT, plan, "speed_drift")
         warn_of_autogroups()
         with ended_by_signals():
             profile = calibrated(model_of(args), args.profile, flags, args.instances)

